@@ -1,0 +1,145 @@
+"""Snapshots: an immutable, content-addressed list of labelled images, with splits that are functions of content.
+
+    OUT/snapshots/ID/images-00000.parquet ...   uri, etag, size, label, split, group, width, height, sha256, status, error, own columns
+                     snapshot.json              written last; ID is the hash of the rows
+    OUT/snapshots/_latest.json                  pointer to the newest
+"""
+
+import hashlib
+import itertools
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import BaseModel, Field
+
+from dragonclf import storage
+from dragonclf.data import tables
+
+INFO, FOLDER, LATEST = "snapshot.json", "snapshots", "_latest.json"
+SPLITS = ("train", "valid", "test")
+BATCH_ROWS, FILE_BATCHES = 2_048, 200  # a file holds 409,600 rows
+
+
+class SnapshotInfo(BaseModel):
+    """``snapshot.json``."""
+
+    format: int = 1
+    id: str = Field(description="First twelve hex digits of the SHA-256 of all rows.")
+    source: str = Field(description="What was indexed.")
+    classes: list[str] = Field(description="Labels of usable images, sorted; a class's index is its place here.")
+    num_images: int = Field(description="All rows, usable or not.")
+    num_files: int
+    counts: dict[str, int] = Field(description="Rows by status.")
+    splits: dict[str, dict[str, int]] = Field(description="Split -> class -> usable images.")
+    unlabelled: int = Field(description="Readable images that lie in no class folder: listed, never trained on.")
+
+
+class Snapshot(BaseModel):
+    """An opened snapshot."""
+
+    uri: str
+    info: SnapshotInfo
+
+
+def write_snapshot(out_uri: str, rows: Iterable[pa.Table], *, source: str, valid_fraction: float, seed: int) -> Snapshot:
+    """Assign splits, check that the classes can be trained on, and write the snapshot; out of core, for any number of rows.
+
+    `rows` come sorted by uri. A row that says its split keeps it. Any other image's split is a hash of `seed` and its group (its content
+    where it has none): it never depends on other images, and copies of an image lie in one split.
+
+    Raises ValueError, with nothing written: one class only, a class without a usable image, or without one for training or validation.
+    """
+    with tempfile.TemporaryDirectory(prefix="dragonclf-snapshot-") as folder, duckdb.connect(str(Path(folder) / "rows.db")) as db:
+        for table in rows:
+            db.register("batch", table)
+            db.execute("INSERT INTO image BY NAME SELECT * FROM batch" if _has_rows(db) else "CREATE TABLE image AS SELECT * FROM batch")
+            db.unregister("batch")
+        db.execute(
+            """UPDATE image SET split =
+                 CASE WHEN ('0x' || left(sha256(? || ':' || coalesce("group", sha256, uri)), 8))::BIGINT / 4294967296.0 < ?
+                      THEN 'valid' ELSE 'train' END
+               WHERE split IS NULL""",
+            [str(seed), valid_fraction],
+        )
+        counts = dict(db.execute("SELECT status, count(*) FROM image GROUP BY status ORDER BY status").fetchall())
+        usable = db.execute(
+            "SELECT label, split, count(*) FILTER (status = 'ok') FROM image WHERE label IS NOT NULL GROUP BY ALL ORDER BY ALL"
+        ).fetchall()
+        classes = sorted({label for label, _, _ in usable})
+        splits = {split: {label: 0 for label in classes} for split in SPLITS}
+        for label, split, count in usable:
+            splits[split][label] = count
+        _check_classes(source, classes, splits)
+        unlabelled = db.execute("SELECT count(*) FROM image WHERE label IS NULL AND status = 'ok'").fetchall()
+        return _write(
+            out_uri, db, Path(folder),
+            {"source": source, "classes": classes, "num_images": sum(counts.values()), "counts": counts,
+             "splits": {split: count for split, count in splits.items() if sum(count.values())}, "unlabelled": unlabelled[0][0]},
+        )  # fmt: skip
+
+
+def open_snapshot(uri: str) -> Snapshot:
+    """Open a snapshot by its folder, or the newest one under the folder that `index` wrote. ValueError if there is none."""
+    found = storage.get_if_exists(storage.join(uri, INFO))
+    if found is None:
+        pointer = storage.get_if_exists(storage.join(uri, FOLDER, LATEST))
+        if pointer is None:
+            raise ValueError(f"there is no snapshot at {uri}: make one with `dragonclf index SOURCE --out {uri}`")
+        uri = storage.join(uri, FOLDER, json.loads(pointer[0])["snapshot"])
+        found = storage.get(storage.join(uri, INFO)), ""
+    return Snapshot(uri=uri, info=SnapshotInfo.model_validate_json(found[0]))
+
+
+def read_usable(snapshot: Snapshot, *, splits: Iterable[str], columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """Yield the readable, labelled rows of some splits, in the snapshot's order."""
+    wanted = pa.array(list(splits))
+    for index in range(snapshot.info.num_files):
+        table = tables.read(storage.join(snapshot.uri, f"images-{index:05d}.parquet"))
+        keep = pc.and_(pc.equal(table["status"], "ok"), pc.is_in(table["split"], wanted))
+        table = table.filter(pc.and_(keep, pc.is_valid(table["label"])))
+        yield table.select(columns) if columns else table
+
+
+def _has_rows(db: duckdb.DuckDBPyConnection) -> bool:
+    return bool(db.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = 'image'").fetchall())
+
+
+def _check_classes(source: str, classes: list[str], splits: dict[str, dict[str, int]]) -> None:
+    if len(classes) < 2:
+        what = f"only one class, {classes[0]!r}" if classes else "no labelled image"
+        raise ValueError(f"{source} has {what}: a classifier needs two or more, one folder each (or a column label)")
+    for label in classes:
+        counts = {split: splits[split][label] for split in SPLITS}
+        if not any(counts.values()):
+            raise ValueError(f"class {label!r} has no image that can be read: see the statuses above, or remove the class")
+        for split, remedy in (("train", "lower --valid-fraction"), ("valid", "raise --valid-fraction, or change --seed")):
+            if not counts[split]:
+                word = "training" if split == "train" else "validation"
+                raise ValueError(
+                    f"class {label!r} has no {word} image ({sum(counts.values())} in all): add images, {remedy}, or put some in {split}/"
+                )
+
+
+def _write(out_uri: str, db: duckdb.DuckDBPyConnection, folder: Path, facts: dict) -> Snapshot:
+    digest = hashlib.sha256()
+    files: list[Path] = []
+    columns = ["uri", "etag", "size", "label", "split", "group", "width", "height", "sha256", "status", "error"]
+    order = ", ".join(f'"{name}"' for name in columns)
+    reader = db.sql(f"SELECT {order}, * EXCLUDE ({order}) FROM image ORDER BY uri").to_arrow_reader(BATCH_ROWS)  # noqa: S608
+    while batches := list(itertools.islice(reader, FILE_BATCHES)):
+        table = pa.Table.from_batches(batches)
+        for row in zip(*(column.to_pylist() for column in table.columns), strict=True):
+            digest.update(repr(row).encode())
+        files.append(folder / f"images-{len(files):05d}.parquet")
+        files[-1].write_bytes(tables.encode(table))
+    info = SnapshotInfo(id=digest.hexdigest()[:12], num_files=len(files), **facts)
+    uri = storage.join(out_uri, FOLDER, info.id)
+    for path in files:
+        storage.put(storage.join(uri, path.name), path.read_bytes())
+    storage.put(storage.join(uri, INFO), info.model_dump_json(indent=2).encode())
+    return Snapshot(uri=uri, info=info)

@@ -1,0 +1,64 @@
+"""The transform between a decoded image and the model: uint8 in, uint8 out, the same in training, evaluation and scoring.
+
+Scaling to floats and normalising happen inside the network (`model.network`), so that a transformed image is a quarter of the bytes and
+both runtimes share the arithmetic. Train-time augmentation draws its randomness from (seed, epoch, sample) alone.
+"""
+
+import hashlib
+import math
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from dragonclf.data.images import DECODE_VERSION
+
+MAX_ASPECT = 8  # a longer image is cut around its centre first: resizing 1 x 50,000 pixels whole would fill the memory
+
+
+class Transform(BaseModel):
+    """What an image goes through before the network, in timm's terms. Travels in the bundle."""
+
+    model_config = ConfigDict(frozen=True)
+
+    size: int = Field(gt=0, description="Side of the square crop that the network sees, in pixels.")
+    crop_pct: float = Field(gt=0, le=1, description="Side of the crop as a share of the resized image's short side.")
+    interpolation: str = Field(pattern="^(bilinear|bicubic)$", description="Resampling filter, always antialiased.")
+    mean: tuple[float, float, float] = Field(description="Mean of each RGB channel, on the scale 0 to 1.")
+    std: tuple[float, float, float] = Field(description="Standard deviation of each RGB channel, on the scale 0 to 1.")
+
+    @property
+    def digest(self) -> str:
+        """Twelve hex digits that change when the same bytes would give other pixels."""
+        return hashlib.sha256(f"{DECODE_VERSION} {self.model_dump_json()}".encode()).hexdigest()[:12]
+
+    def for_eval(self, image: torch.Tensor) -> torch.Tensor:
+        """Resize the short side, crop the centre: uint8 (3, H, W) to uint8 (3, size, size)."""
+        height, width = image.shape[1:]
+        longest = MAX_ASPECT * min(height, width)
+        image = F.center_crop(image, [min(height, longest), min(width, longest)])
+        short = math.floor(self.size / self.crop_pct)
+        resized = F.resize(image, [short], interpolation=InterpolationMode(self.interpolation), antialias=True)
+        return F.center_crop(resized, [self.size, self.size])
+
+    def for_train(self, image: torch.Tensor, *, seed: int, epoch: int, sample: int) -> torch.Tensor:
+        """Crop at random, flip at random: uint8 (3, H, W) to uint8 (3, size, size), a function of (seed, epoch, sample).
+
+        Random resized crop of area 35 to 100 % and aspect 3/4 to 4/3 (Inception's, https://arxiv.org/abs/1409.4842, with the
+        narrower range that fine-tuning favours), then a horizontal flip half of the time.
+        """
+        draw = np.random.default_rng((seed, epoch, sample))
+        height, width = image.shape[1:]
+        area = height * width * draw.uniform(0.35, 1.0)
+        aspect = math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
+        crop_width = min(width, max(1, round(math.sqrt(area * aspect))))
+        crop_height = min(height, max(1, round(math.sqrt(area / aspect))))
+        top = int(draw.integers(height - crop_height + 1))
+        left = int(draw.integers(width - crop_width + 1))
+        cropped = F.resized_crop(
+            image, top, left, crop_height, crop_width, [self.size, self.size],
+            interpolation=InterpolationMode(self.interpolation), antialias=True,
+        )  # fmt: skip
+        return F.horizontal_flip(cropped) if draw.random() < 0.5 else cropped
