@@ -1,0 +1,151 @@
+"""The two image jobs that run a model: probabilities from a bundle (scoring), features from a backbone (precompute)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dragonclf.data import images
+from dragonclf.engine.pipeline import ShardResult
+from dragonclf.model import bundle, zoo
+from dragonclf.model.predictor import Execution, Predictor, softmax
+
+MAX_PROB_COLUMNS = 32  # more classes share one list column
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is too much of an image."""
+
+    max_image_bytes: int
+    max_pixels: int
+
+
+@dataclass(frozen=True)
+class ScoreTask:
+    """Probabilities by the bundle at `model_uri`, which must still be `model_version` and reproduce its canaries in each actor."""
+
+    model_uri: str
+    model_version: str
+    execution: Execution
+    batch_size: int
+    limits: Limits
+
+    @property
+    def uses_gpu(self) -> bool:
+        return self.execution.device == "cuda"
+
+    def open(self, num_threads: int) -> "ScoreWorker":
+        loaded = bundle.load_bundle(self.model_uri)
+        if loaded.version != self.model_version:
+            raise ValueError(f"{self.model_uri} is model {loaded.version} here and {self.model_version} at the start: start again")
+        predictor = bundle.open_predictor(loaded, self.execution, batch_size=self.batch_size, num_threads=num_threads)
+        return ScoreWorker(predictor, self.limits, loaded.info.classes, loaded.version)
+
+
+@dataclass(frozen=True)
+class FeatureTask:
+    """What the head of a pretrained backbone sees, float32, for images of a snapshot."""
+
+    arch: str
+    pretrained: str
+    digest: str
+    size: int | None
+    execution: Execution
+    batch_size: int
+    limits: Limits
+
+    @property
+    def uses_gpu(self) -> bool:
+        return self.execution.device == "cuda"
+
+    def open(self, num_threads: int) -> "FeatureWorker":
+        model = zoo.load_pretrained(self.arch, self.pretrained)
+        if zoo.backbone_digest(model) != self.digest:
+            raise ValueError(f"the weights of {self.arch} from {self.pretrained} differ between this node and the driver: install the same")
+        transform = zoo.transform_for(model, size=self.size)
+        predictor = Predictor(model, transform, self.execution, batch_size=self.batch_size, num_threads=num_threads)
+        return FeatureWorker(predictor, self.limits)
+
+
+class _InferenceWorker:
+    """Decode, transform, batch, run."""
+
+    def __init__(self, predictor: Predictor, limits: Limits):
+        self.predictor = predictor
+        self.batch_size = predictor.batch_size
+        self.pixels_shape = (3, predictor.transform.size, predictor.transform.size)
+        self.max_image_bytes, self._max_pixels = limits.max_image_bytes, limits.max_pixels
+
+    def read(self, data: bytes) -> tuple[dict[str, Any], np.ndarray]:
+        image = images.decode(data, max_pixels=self._max_pixels)
+        _, height, width = image.shape
+        return {"width": width, "height": height}, self.predictor.transform.for_eval(image).numpy()
+
+
+class ScoreWorker(_InferenceWorker):
+    """Rows: uri, etag, status, error, label, confidence, prob_*, width, height, model_version, then the input's own columns."""
+
+    def __init__(self, predictor: Predictor, limits: Limits, classes: list[str], model_version: str):
+        super().__init__(predictor, limits)
+        self._classes, self._model_version = classes, model_version
+
+    def predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        return {"prob": softmax(self.predictor(pixels)[0])}
+
+    def table(self, planned: pa.Table, result: ShardResult) -> pa.Table:
+        count, bad = planned.num_rows, ~result.ok
+        probs = result.outputs.get("prob", np.zeros((count, len(self._classes)), np.float32))
+        best = probs.argmax(axis=1)
+        columns: dict[str, pa.Array | pa.ChunkedArray] = {
+            "uri": planned["uri"],
+            "etag": pa.array(result.etags, pa.string()),
+            "status": pa.array(result.statuses, pa.string()),
+            "error": pa.array(result.errors, pa.string()),
+            "label": pa.array([self._classes[i] for i in best], pa.string(), mask=bad),
+            "confidence": pa.array(probs[np.arange(count), best], pa.float32(), mask=bad),
+            **prob_columns(self._classes, probs, bad),
+            "width": pa.array([value.get("width") for value in result.values], pa.int32()),
+            "height": pa.array([value.get("height") for value in result.values], pa.int32()),
+            "model_version": pa.array([self._model_version] * count, pa.string()),
+        }
+        for name in planned.column_names[3:]:
+            columns[f"input_{name}" if name in columns else name] = planned[name]
+        return pa.table(columns)
+
+
+class FeatureWorker(_InferenceWorker):
+    """Rows: uri, status, error, features (float32 list of one length), then the plan's further columns."""
+
+    def predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        return {"features": self.predictor(pixels)[1]}
+
+    def table(self, planned: pa.Table, result: ShardResult) -> pa.Table:
+        features = result.outputs.get("features", np.zeros((planned.num_rows, 1), np.float32))
+        return pa.table(
+            {
+                "uri": planned["uri"],
+                "status": pa.array(result.statuses, pa.string()),
+                "error": pa.array(result.errors, pa.string()),
+                "features": pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), features.shape[1]),
+                **{name: planned[name] for name in planned.column_names[3:]},
+            }
+        )
+
+
+def prob_columns(classes: list[str], probs: np.ndarray, bad: np.ndarray) -> dict[str, pa.Array]:
+    """Columns of probabilities (N, K), null where `bad`: one named after each class, or past 32 classes one list column."""
+    if len(classes) > MAX_PROB_COLUMNS:
+        offsets = np.arange(len(probs) + 1, dtype=np.int32) * probs.shape[1]
+        return {"probs": pa.ListArray.from_arrays(pa.array(offsets), pa.array(probs.ravel()), mask=pa.array(bad))}
+    return {f"prob_{name}": pa.array(probs[:, index], pa.float32(), mask=bad) for index, name in enumerate(classes)}
+
+
+def check_class_names(classes: list[str]) -> None:
+    """ValueError for classes whose names differ in case only: most readers of Parquet would take their columns for one."""
+    seen: dict[str, str] = {}
+    for name in classes:
+        twin = seen.setdefault(name.casefold(), name)
+        if twin != name:
+            raise ValueError(f"classes {twin!r} and {name!r} differ in case only: rename one, their columns would collide in most readers")

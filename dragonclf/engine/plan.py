@@ -1,0 +1,129 @@
+"""The plan of a run: which images, in which shards, written before anything is read.
+
+A plan is staged in a local folder first, so that an input that cannot be listed, or is the same as last time, leaves nothing behind
+in the output. Its digest covers every row; equal digests mean the same images with the same contents and columns.
+"""
+
+import hashlib
+import itertools
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, Field
+
+from dragonclf import storage
+from dragonclf.data import tables
+
+MIN_SHARD_IMAGES, MAX_SHARD_IMAGES = 2_000, 20_000
+MAX_SHARD_BYTES = 4 * 2**30
+
+SHARDS = "shards.parquet"
+SUMMARY = "plan.json"
+
+
+class PlanSummary(BaseModel):
+    """``plan.json``, written last and never replaced: it chooses the plan, whose files lie under their digest."""
+
+    digest: str = Field(description="SHA-256 over every row of the plan.")
+    num_images: int
+    num_bytes: int = Field(description="Sum of the sizes that the listing gave.")
+    num_shards: int
+
+
+@dataclass(frozen=True)
+class StagedPlan:
+    """A plan in a local folder. Use it as a context manager: leaving it deletes the folder."""
+
+    folder: Path
+    summary: PlanSummary
+
+    def __enter__(self) -> "StagedPlan":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.folder)
+
+    def upload(self, run_uri: str) -> None:
+        """Give the plan to a run that has none yet. Of two drivers that do so at once, one wins, whole, and both use its plan."""
+        for path in sorted(self.folder.iterdir()):
+            storage.put(storage.join(_folder(run_uri, self.summary), path.name), path.read_bytes())
+        storage.put_if_absent(storage.join(run_uri, SUMMARY), self.summary.model_dump_json(indent=2).encode())
+
+
+def stage_plan(rows: Iterable[pa.Table], *, shard_images: int | None = None) -> StagedPlan:
+    """Cut the rows into shards in their order, in constant memory.
+
+    Each table has the columns ``uri`` (string), ``etag`` (string or null), ``size`` (int64 bytes or null), then any further ones, which
+    are carried into the result. A shard holds `shard_images` rows; None lets shards grow with the plan from 2,000 to 20,000 images, so
+    that small inputs resume finely and large ones have few parts. A shard also ends once it holds 4 GiB.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="dragonclf-plan-"))
+    digest = hashlib.sha256()
+    shards: list[dict[str, int]] = []
+    try:
+        for shard in _cut(rows, shard_images):
+            for row in zip(*(column.to_pylist() for column in shard.columns), strict=True):
+                digest.update(repr(row).encode())
+            pq.write_table(shard, folder / f"{len(shards):08d}.parquet", compression="zstd")
+            shards.append({"shard": len(shards), "images": shard.num_rows, "bytes": _num_bytes(shard)})
+        schema = pa.schema([("shard", pa.int64()), ("images", pa.int64()), ("bytes", pa.int64())])
+        table = pa.Table.from_pylist(shards, schema=schema)
+        pq.write_table(table, folder / SHARDS, compression="zstd")
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    summary = PlanSummary(
+        digest=digest.hexdigest(),
+        num_images=sum(shard["images"] for shard in shards),
+        num_bytes=sum(shard["bytes"] for shard in shards),
+        num_shards=len(shards),
+    )
+    return StagedPlan(folder, summary)
+
+
+def read_summary(run_uri: str) -> PlanSummary | None:
+    """The plan's summary, or None if the run has no whole plan."""
+    found = storage.get_if_exists(storage.join(run_uri, SUMMARY))
+    return PlanSummary.model_validate_json(found[0]) if found else None
+
+
+def read_shard(run_uri: str, summary: PlanSummary, shard: int) -> pa.Table:
+    """The planned rows of one shard."""
+    return tables.read(storage.join(_folder(run_uri, summary), f"{shard:08d}.parquet"))
+
+
+def shard_sizes(run_uri: str, summary: PlanSummary) -> list[int]:
+    """Number of images of each shard, in order."""
+    return tables.read(storage.join(_folder(run_uri, summary), SHARDS), columns=["images"])["images"].to_pylist()
+
+
+def _folder(run_uri: str, summary: PlanSummary) -> str:
+    return storage.join(run_uri, "plan", summary.digest[:12])
+
+
+def _cut(rows: Iterable[pa.Table], shard_images: int | None) -> Iterator[pa.Table]:
+    waiting: pa.Table | None = None
+    planned = 0
+    for table in itertools.chain(rows, [None]):
+        if table is not None:
+            waiting = table if waiting is None else pa.concat_tables([waiting, table])
+        while waiting is not None and waiting.num_rows:
+            limit = shard_images or min(MAX_SHARD_IMAGES, max(MIN_SHARD_IMAGES, planned // 100))
+            num_bytes = np.cumsum(waiting["size"].slice(0, limit).fill_null(0).to_numpy())
+            count = max(1, int(np.searchsorted(num_bytes, MAX_SHARD_BYTES, side="right")))
+            is_full = count < waiting.num_rows or count == limit
+            if not is_full and table is not None:
+                break
+            yield waiting.slice(0, count)
+            planned += count
+            waiting = waiting.slice(count)
+
+
+def _num_bytes(table: pa.Table) -> int:
+    return int(table["size"].fill_null(0).to_numpy().sum())

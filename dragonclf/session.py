@@ -1,0 +1,92 @@
+"""Which Ray a command runs on: a private one on this machine, or, only if asked, a cluster that exists."""
+
+import contextlib
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+
+import ray
+import ray.data
+import torch
+from ray._private import ray_constants
+
+log = logging.getLogger("dragonclf")
+
+LOCAL_OBJECT_STORE_BYTES = 256 * 2**20  # pixels never cross it
+
+
+@contextlib.contextmanager
+def connect(address: str | None, *, debug: bool = False) -> Iterator[None]:
+    """Run the body on a Ray: a fresh one on loopback that ends with it (None), the cluster at `address`, or the one here (``auto``).
+
+    An enclosing `connect` or `ray.init` is reused. Raises ValueError if there is no Ray at the address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    if address is None:
+        _start_local(debug)
+    else:
+        try:
+            ray.init(address=address, log_to_driver=debug, logging_level=_level(debug))
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = (str(error).splitlines() or ["no answer"])[0]
+            raise ValueError(f"there is no Ray to join at {address!r}: {reason}; leave --address out to use this machine alone") from error
+    where = "a private one on this machine" if address is None else f"the cluster at {address}"
+    resources = ray.cluster_resources()
+    log.info("Ray: %s, %g CPUs, %g GPUs", where, resources.get("CPU", 0), resources.get("GPU", 0))
+    logging.getLogger("ray.data").setLevel(_level(debug))
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def has_gpu(address: str | None) -> bool:
+    """Whether the Ray that `connect(address)` gives has a GPU."""
+    if address is None and not ray.is_initialized():
+        return torch.cuda.is_available()
+    with connect(address):
+        return ray.cluster_resources().get("GPU", 0) > 0
+
+
+def _start_local(debug: bool) -> None:
+    if "RAY_ADDRESS" in os.environ:
+        log.info("RAY_ADDRESS=%s is set and not used: pass --address auto to join it", os.environ.pop("RAY_ADDRESS"))
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # ray.init turns token authentication on; without a token here it would write one to the home folder
+    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # else `uv run` ships the whole working folder
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    # Ray's switch for desktops makes every server of this Ray listen on 127.0.0.1 alone; children read it from the environment.
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    if not debug:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    with contextlib.nullcontext() if debug else _quiet_stderr():
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=debug,
+            logging_level=_level(debug),
+            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+        )
+
+
+def _level(debug: bool) -> int:
+    return logging.INFO if debug else logging.ERROR
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Drop what Ray's C++ core writes to file descriptor 2 at its start (that it will log little); Python errors are raised, not printed."""
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
