@@ -1,0 +1,108 @@
+"""What a training worker iterates over: features from memory, or images from storage with augmentation, by sample index.
+
+Both give, for a list of sample indices, an input tensor and the class indices; the training split and the validation split have an
+instance each.
+"""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from dragonclf import storage
+from dragonclf.data import images
+from dragonclf.data.snapshot import Snapshot, read_usable
+from dragonclf.data.transforms import Transform
+from dragonclf.engine import runs
+
+PREFETCH_BATCHES = 3
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+class Samples(Protocol):
+    """A split's samples, 0 to len - 1 in the snapshot's order."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, indices: Iterable[np.ndarray], *, epoch: int) -> Iterator[Batch]:
+        """Yield (inputs, targets int64) for each array of sample indices, in order. `epoch` varies the augmentation."""
+        ...
+
+
+class Features:
+    """Precomputed features of one split, all in memory: float32 (N, F)."""
+
+    def __init__(self, run_uri: str, classes: list[str], split: str):
+        features, targets = [], []
+        for table in runs.read_parts(run_uri):
+            _refuse_lost(table)
+            table = table.filter(pa.compute.equal(table["split"], split))
+            column = table["features"].combine_chunks()
+            features.append(torch.from_numpy(column.flatten().to_numpy().reshape(len(column), -1).copy()))
+            targets.append(_targets(table, classes))
+        self.features, self.targets = torch.cat(features), torch.cat(targets)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def batches(self, indices: Iterable[np.ndarray], *, epoch: int) -> Iterator[Batch]:
+        for batch in indices:
+            index = torch.from_numpy(batch)
+            yield self.features[index], self.targets[index]
+
+
+class Images:
+    """Images of one split, read from storage when their turn comes, decoded and augmented in threads: uint8 (N, 3, S, S).
+
+    `seed` draws the augmentation of the training split; None means the evaluation transform.
+    """
+
+    def __init__(self, snapshot: Snapshot, split: str, transform: Transform, *, seed: int | None, num_threads: int):
+        table = pa.concat_tables(read_usable(snapshot, splits=[split], columns=["uri", "label"]))
+        self._uris: list[str] = table["uri"].to_pylist()
+        self._targets = _targets(table, snapshot.info.classes)
+        self._transform, self._seed = transform, seed
+        self._pool = ThreadPoolExecutor(num_threads, "decode")
+
+    def __len__(self) -> int:
+        return len(self._uris)
+
+    def batches(self, indices: Iterable[np.ndarray], *, epoch: int) -> Iterator[Batch]:
+        ahead: list[tuple[np.ndarray, list[Future[torch.Tensor]]]] = []
+        for batch in indices:
+            ahead.append((batch, [self._pool.submit(self._read, int(sample), epoch) for sample in batch]))
+            if len(ahead) > PREFETCH_BATCHES:
+                yield self._collect(*ahead.pop(0))
+        for waiting in ahead:
+            yield self._collect(*waiting)
+
+    def _collect(self, batch: np.ndarray, pending: list[Future[torch.Tensor]]) -> Batch:
+        return torch.stack([image.result() for image in pending]), self._targets[torch.from_numpy(batch)]
+
+    def _read(self, sample: int, epoch: int) -> torch.Tensor:
+        uri = self._uris[sample]
+        try:
+            image = images.decode(storage.get(uri))
+        except (images.ImageError, storage.ObjectMissingError) as error:
+            raise _lost(uri, str(error)) from error
+        if self._seed is None:
+            return self._transform.for_eval(image)
+        return self._transform.for_train(image, seed=self._seed, epoch=epoch, sample=sample)
+
+
+def _targets(table: pa.Table, classes: list[str]) -> torch.Tensor:
+    return torch.from_numpy(pa.compute.index_in(table["label"], pa.array(classes)).to_numpy().astype(np.int64))
+
+
+def _refuse_lost(table: pa.Table) -> None:
+    lost = table.filter(pa.compute.not_equal(table["status"], "ok"))
+    if lost.num_rows:
+        raise _lost(lost["uri"][0].as_py(), lost["error"][0].as_py())
+
+
+def _lost(uri: str, reason: str) -> ValueError:
+    return ValueError(f"{uri} was usable when it was indexed and is not now ({reason}): index the images again")

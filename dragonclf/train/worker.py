@@ -1,0 +1,73 @@
+"""What Ray Train starts on every worker: build data and model from a small job description, then run the loop."""
+
+import functools
+
+import ray.train
+import ray.train.torch
+import torch
+from pydantic import BaseModel
+from torch import nn
+
+from dragonclf.data.snapshot import Snapshot
+from dragonclf.model import zoo
+from dragonclf.model.predictor import Network
+from dragonclf.train import loop
+from dragonclf.train.data import Features, Images, Samples
+
+
+class TrainJob(BaseModel):
+    """All that a worker needs to know. Small: weights and images are read from where they are."""
+
+    run_uri: str
+    snapshot: Snapshot
+    features_uri: str | None  # published run of features; None trains every layer on images
+    arch: str
+    pretrained: str
+    backbone_digest: str
+    size: int | None
+    recipe: loop.Recipe
+    num_threads: int
+
+
+def train_worker(job_json: dict[str, str]) -> None:
+    """Ray Train's entry point."""
+    job = TrainJob.model_validate_json(job_json["job"])
+    torch.set_num_threads(job.num_threads)
+    context = ray.train.get_context()
+    model, train, valid = (_images_job if job.features_uri is None else _features_job)(job)
+    loop.fit(
+        model,
+        train,
+        valid,
+        job.recipe,
+        run_uri=job.run_uri,
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        device=ray.train.torch.get_device(),
+        wrap=functools.partial(ray.train.torch.prepare_model, move_to_device=False),
+        report=ray.train.report,
+    )
+
+
+def load_backbone(job: TrainJob) -> nn.Module:
+    """The pretrained model with a new head. ValueError if this node's weights are not the driver's."""
+    model = zoo.load_pretrained(job.arch, job.pretrained)
+    if zoo.backbone_digest(model) != job.backbone_digest:
+        raise ValueError(f"the weights of {job.arch} from {job.pretrained} differ between this node and the driver: install the same")
+    return zoo.with_new_head(model, len(job.snapshot.info.classes))
+
+
+def _features_job(job: TrainJob) -> tuple[nn.Module, Samples, Samples]:
+    assert job.features_uri is not None
+    train, valid = (Features(job.features_uri, job.snapshot.info.classes, split) for split in ("train", "valid"))
+    return loop.Head(train.features, len(job.snapshot.info.classes)), train, valid
+
+
+def _images_job(job: TrainJob) -> tuple[nn.Module, Samples, Samples]:
+    model = load_backbone(job)
+    transform = zoo.transform_for(model, size=job.size)
+    train, valid = (
+        Images(job.snapshot, split, transform, seed=seed, num_threads=job.num_threads)
+        for split, seed in (("train", job.recipe.seed), ("valid", None))
+    )
+    return Network(model, transform), train, valid

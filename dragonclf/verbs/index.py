@@ -1,0 +1,168 @@
+"""`index`: a prefix or manifest of labelled images becomes an immutable snapshot."""
+
+import hashlib
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dragonclf import progress, session, storage
+from dragonclf.config import IndexConfig
+from dragonclf.data import images, listing, snapshot
+from dragonclf.engine import execute, plan, runs
+from dragonclf.engine.pipeline import ShardResult
+
+log = logging.getLogger("dragonclf")
+
+SPLIT_FOLDERS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
+
+
+def index(config: IndexConfig) -> snapshot.Snapshot:
+    """Read and check every image of `config.source` once, and write a snapshot under `config.out`.
+
+    Each object is a row, with a status if it cannot be used. The same command resumes a killed run; on an unchanged source it returns
+    the snapshot that is there. ValueError, before anything is written, for classes that could not be trained on.
+    """
+    spec = {
+        "source": config.source, "max_image_bytes": config.max_image_bytes, "max_pixels": config.max_pixels,
+        "decode": images.DECODE_VERSION,
+    }  # fmt: skip
+    run = runs.open_run(config.out, "index", spec, lambda: _stage(config))
+    if run.published:
+        log.info("index: every image of %s was read by run %s already", config.source, run.name)
+        manifest = runs.read_manifest(run.uri)
+    else:
+        task = IndexTask(config.max_image_bytes, config.max_pixels)
+        with session.connect(config.address), progress.images("index", run.plan.num_images) as advance:
+            manifest = execute.execute(run, task, advance, num_actors=config.num_actors, cpus_per_actor=config.cpus_per_actor)
+    _say_unusable(manifest, run.uri)
+    made = snapshot.write_snapshot(
+        config.out, runs.read_parts(run.uri), source=config.source, valid_fraction=config.valid_fraction, seed=config.seed
+    )
+    pointer = {"snapshot": made.info.id, "planned_s": manifest.planned_s}
+    runs.advance_pointer(storage.join(config.out, snapshot.FOLDER, snapshot.LATEST), pointer)
+    return made
+
+
+@dataclass(frozen=True)
+class IndexTask:
+    """Decodes each image whole, so that what training meets later is known now."""
+
+    max_image_bytes: int
+    max_pixels: int
+    uses_gpu: bool = False
+
+    def open(self, num_threads: int) -> "IndexWorker":
+        return IndexWorker(self.max_image_bytes, self.max_pixels)
+
+
+class IndexWorker:
+    """Size in pixels and SHA-256 of each image."""
+
+    batch_size = 64
+    pixels_shape = None
+
+    def __init__(self, max_image_bytes: int, max_pixels: int):
+        self.max_image_bytes, self._max_pixels = max_image_bytes, max_pixels
+
+    def read(self, data: bytes) -> tuple[dict[str, Any], None]:
+        _, height, width = images.decode(data, max_pixels=self._max_pixels).shape
+        return {"width": width, "height": height, "sha256": hashlib.sha256(data).hexdigest()}, None
+
+    def predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        raise AssertionError("an index has no model")
+
+    def table(self, planned: pa.Table, result: ShardResult) -> pa.Table:
+        etags = [read or listed for read, listed in zip(result.etags, planned["etag"].to_pylist(), strict=True)]
+        table = planned.set_column(1, "etag", pa.array(etags, pa.string()))
+        for name, kind in (("width", pa.int32()), ("height", pa.int32()), ("sha256", pa.string())):
+            table = table.append_column(name, pa.array([value.get(name) for value in result.values], kind))
+        table = table.append_column("status", pa.array(result.statuses, pa.string()))
+        return table.append_column("error", pa.array(result.errors, pa.string()))
+
+
+def _stage(config: IndexConfig) -> plan.StagedPlan:
+    """Plan the labelled rows. Classes that no row could fill are refused here, before anything is written."""
+    labels: Counter[str] = Counter()
+
+    def rows() -> Iterator[pa.Table]:
+        label = _label_manifest if listing.is_manifest(config.source) else _label_prefix
+        for table in listing.list_rows(config.source):
+            labelled = label(table, config.source, labels)
+            if labelled.num_rows:
+                yield labelled
+
+    for name in _empty_folders(config.source):
+        labels[name] += 0
+    staged = plan.stage_plan(rows(), shard_images=config.shard_images)
+    try:
+        empty = sorted(name for name, count in labels.items() if not count)
+        if empty:
+            raise ValueError(f"class {empty[0]!r} has no image under {config.source}: add some, or remove its folder")
+        if len(labels) < 2:
+            found = f"only one class, {next(iter(labels))!r}" if labels else "no image in a class folder"
+            raise ValueError(f"{config.source} has {found}: a classifier needs two or more, one folder each (or a column label)")
+    except ValueError:
+        staged.__exit__()
+        raise
+    return staged
+
+
+def _label_prefix(table: pa.Table, source: str, labels: Counter[str]) -> pa.Table:
+    """ImageFolder's rule: the first folder is the class; train/, valid/ (val/, validation/) and test/ above it are splits."""
+    keep, found_labels, found_splits = [], [], []
+    start = len(source.removesuffix("/")) + 1
+    for uri, size in zip(table["uri"].to_pylist(), table["size"].to_pylist(), strict=True):
+        folders = uri[start:].split("/")[:-1]
+        split = SPLIT_FOLDERS.get(folders[0]) if len(folders) > 1 else None
+        label = folders[1 if split else 0] if folders else None
+        is_marker = uri.endswith("/") and not size  # a console's "folder": it names a class, it is no image
+        keep.append(not is_marker)
+        if label is not None and not (is_marker and label in SPLIT_FOLDERS):
+            labels[label] += not is_marker
+        found_labels.append(label)
+        found_splits.append(split)
+    for name, column in (("label", found_labels), ("split", found_splits), ("group", [None] * len(keep))):
+        table = table.append_column(name, pa.array(column, pa.string()))
+    return table.filter(pa.array(keep))
+
+
+def _label_manifest(table: pa.Table, source: str, labels: Counter[str]) -> pa.Table:
+    if "label" not in table.column_names:
+        raise ValueError(f"the manifest {source} has no column 'label': it has {', '.join(table.column_names)}")
+    for name in ("label", "split", "group"):
+        column = table[name].cast(pa.string()) if name in table.column_names else pa.nulls(table.num_rows, pa.string())
+        table = table.drop_columns(name) if name in table.column_names else table
+        table = table.append_column(name, column)
+    splits = [None if value is None else SPLIT_FOLDERS.get(value, "") for value in table["split"].to_pylist()]
+    if "" in splits:
+        wrong = table["split"][splits.index("")].as_py()
+        raise ValueError(f"the manifest {source} has a split {wrong!r}: use train, valid or test, or leave it empty")
+    labels.update(label for label in table["label"].to_pylist() if label is not None)
+    return table.set_column(table.column_names.index("split"), "split", pa.array(splits, pa.string()))
+
+
+def _empty_folders(source: str) -> list[str]:
+    """Class folders of a local source that hold nothing: a listing of files cannot show them."""
+    if storage.is_s3(source) or not os.path.isdir(source):
+        return []
+    found = []
+    for folder in sorted(entry.path for entry in os.scandir(source) if entry.is_dir()):
+        inside = [entry.path for entry in os.scandir(folder) if entry.is_dir()]
+        if storage.name(folder) in SPLIT_FOLDERS and inside:
+            found += [storage.name(path) for path in inside if not os.listdir(path)]
+        elif not os.listdir(folder):
+            found.append(storage.name(folder))
+    return found
+
+
+def _say_unusable(manifest: runs.Manifest, run_uri: str) -> None:
+    bad = {status: count for status, count in manifest.counts.items() if status != "ok"}
+    if bad:
+        log.warning("index: %s images cannot be used: %s; each is a row of %s/parts", sum(bad.values()), json.dumps(bad), run_uri)

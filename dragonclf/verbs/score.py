@@ -1,0 +1,72 @@
+"""`score`: every object under a prefix, or in a manifest, becomes one row of probabilities."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pyarrow as pa
+from pydantic import BaseModel, Field
+
+from dragonclf import progress, session, storage
+from dragonclf.config import ScoreConfig, ScoringConfig
+from dragonclf.data import listing
+from dragonclf.engine import execute, inference, plan, runs
+from dragonclf.model import bundle
+from dragonclf.model.predictor import resolve_execution
+
+log = logging.getLogger("dragonclf")
+
+
+class ScoreSummary(BaseModel):
+    """What a scoring run came to."""
+
+    run: str = Field(description="URI of the published run.")
+    parts: str = Field(description="URI of the folder of its Parquet files.")
+    num_images: int
+    counts: dict[str, int] = Field(description="Rows by status; their sum is num_images.")
+    model_version: str
+    execution: str = Field(description="Runtime, device and precision.")
+    images_per_s: float | None = Field(description="Of this call's images, the start of its actors included. None: nothing was to do.")
+
+
+def score(config: ScoreConfig) -> ScoreSummary:
+    """Score all of `config.source` into `config.out`: one row per object, whatever it is.
+
+    The same command again resumes a killed run, and does nothing if the input is as the last published run saw it. Raises ValueError
+    or StorageError; a run that stops so can be resumed.
+    """
+    loaded = bundle.load_bundle(config.model)
+    return score_rows(config, loaded, verb="score", input_id={"source": config.source}, rows=lambda: listing.list_rows(config.source))
+
+
+def score_rows(
+    config: ScoringConfig, loaded: bundle.Bundle, *, verb: str, input_id: dict[str, Any], rows: Callable[[], Iterable[pa.Table]]
+) -> ScoreSummary:
+    """Score the planned `rows` with a loaded bundle under `config.out`; `input_id` tells their origin in the run's spec."""
+    inference.check_class_names(loaded.info.classes)
+    execution = resolve_execution(
+        config.runtime, config.device, config.precision, has_gpu=session.has_gpu(config.address)
+    )  # fmt: skip
+    limits = inference.Limits(config.max_image_bytes, config.max_pixels)
+    spec = {
+        "model": loaded.version, "transform": loaded.info.transform.digest, "execution": execution.model_dump(),
+        "max_image_bytes": limits.max_image_bytes, "max_pixels": limits.max_pixels, **input_id,
+    }  # fmt: skip
+    run = runs.open_run(config.out, verb, spec, lambda: plan.stage_plan(rows(), shard_images=config.shard_images))
+    rate = None
+    if run.published:
+        log.info("%s: nothing to do: run %s is published and its input has not changed", verb, run.name)
+        manifest = runs.read_manifest(run.uri)
+    else:
+        log.info("%s: model %s by %s, run %s", verb, loaded.version, execution, run.uri)
+        task = inference.ScoreTask(loaded.uri, loaded.version, execution, config.batch_size, limits)
+        started, waiting = time.monotonic(), len(runs.missing_shards(run))
+        with session.connect(config.address), progress.images(verb, run.plan.num_images) as advance:
+            manifest = execute.execute(run, task, advance, num_actors=config.num_actors, cpus_per_actor=config.cpus_per_actor)
+        rate = run.plan.num_images * waiting / run.plan.num_shards / (time.monotonic() - started)
+    return ScoreSummary(
+        run=run.uri, parts=storage.join(run.uri, "parts"), num_images=manifest.num_images, counts=manifest.counts,
+        model_version=loaded.version, execution=str(execution), images_per_s=rate,
+    )  # fmt: skip
+

@@ -1,0 +1,217 @@
+"""`train`: a snapshot becomes a model bundle, by data-parallel workers of Ray Train.
+
+    OUT/NAME/args.json        the options, resolved; the same command resumes, another one is refused
+             checkpoints/     one an epoch
+             results.csv      one row an epoch
+             model/           the bundle, at the end
+    OUT/features/runs/...     features of frozen backbones, shared by the runs under OUT
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.exceptions
+import ray.train
+import ray.train.torch
+from pydantic import BaseModel, Field
+from torch import nn
+
+from dragonclf import progress, session, storage, tracking
+from dragonclf.config import MAX_IMAGE_BYTES, MAX_PIXELS, TrainConfig
+from dragonclf.data.snapshot import Snapshot, open_snapshot, read_usable
+from dragonclf.engine import execute, inference, plan, runs
+from dragonclf.model import bundle, canaries, zoo
+from dragonclf.model.predictor import resolve_execution
+from dragonclf.train import checkpoint, loop, worker
+
+log = logging.getLogger("dragonclf")
+
+MAX_CPUS_PER_WORKER = 8
+POLL_S = 1.0
+_NOT_RESULTS = {"address", "num_actors", "cpus_per_actor", "shard_images", "batch_size", "num_workers", "max_failures", "mlflow_uri", "out", "name"}
+
+
+class TrainSummary(BaseModel):
+    """What a training run came to."""
+
+    run: str = Field(description="URI of the run's folder.")
+    model: str = Field(description="URI of the bundle.")
+    model_version: str
+    snapshot: str
+    classes: list[str]
+    metrics: dict[str, float] = Field(description="Of the last epoch.")
+
+
+def train(config: TrainConfig) -> TrainSummary:
+    """Fine-tune `config.arch` on a snapshot and write a bundle. The same command resumes a killed run from its last epoch.
+
+    A finished run is returned as it is. Raises ValueError for options that do not fit the data, the weights or an earlier run of the
+    same name, and StorageError.
+    """
+    snapshot = open_snapshot(config.data)
+    source = zoo.resolve_pretrained(config.arch, config.pretrained)
+    backbone = zoo.load_pretrained(config.arch, source)
+    args = config.model_dump(exclude=_NOT_RESULTS) | {"snapshot": snapshot.info.id, "pretrained": source}
+    name = config.name or f"{config.arch}-{hashlib.sha256(json.dumps(args, sort_keys=True).encode()).hexdigest()[:8]}"
+    run_uri = storage.join(config.out, name)
+    if not storage.put_if_absent(storage.join(run_uri, "args.json"), json.dumps(args, indent=2, sort_keys=True).encode()):
+        raise ValueError(f"the run at {run_uri} was started with other options: choose another --name")
+    model_uri = storage.join(run_uri, "model")
+    if storage.stat(storage.join(model_uri, bundle.INFO)):
+        log.info("train: nothing to do: the run at %s is finished", run_uri)
+        return _summary(run_uri, bundle.load_bundle(model_uri), snapshot)
+    log.info("train: %s with weights from %s on snapshot %s, run %s", config.arch, source, snapshot.info.id, run_uri)
+    with session.connect(config.address):
+        job = worker.TrainJob(
+            run_uri=run_uri,
+            snapshot=snapshot,
+            features_uri=_compute_features(config, snapshot, source, backbone) if config.precompute else None,
+            arch=config.arch,
+            pretrained=source,
+            backbone_digest=zoo.backbone_digest(backbone),
+            size=config.size,
+            recipe=loop.Recipe.model_validate(config.model_dump(include=set(loop.Recipe.model_fields))),
+            num_threads=_cpus_per_worker(config),
+        )
+        with _followed(config, run_uri, name, args):
+            _run_workers(config, job)
+    return _summary(run_uri, _save_bundle(config, job, args), snapshot)
+
+
+def _compute_features(config: TrainConfig, snapshot: Snapshot, source: str, backbone: nn.Module) -> str:
+    """Features of all training and validation images, by the engine: resumed if killed, reused if the same were computed before."""
+    execution = resolve_execution(config.runtime, config.device, config.precision, has_gpu=session.has_gpu(config.address))
+    transform = zoo.transform_for(backbone, size=config.size)
+    task = inference.FeatureTask(
+        config.arch, source, zoo.backbone_digest(backbone), config.size, execution, config.batch_size,
+        inference.Limits(MAX_IMAGE_BYTES, MAX_PIXELS),
+    )  # fmt: skip
+    spec = {
+        "backbone": task.digest, "transform": transform.digest, "execution": execution.model_dump(), "snapshot": snapshot.info.id,
+    }  # fmt: skip
+    columns = ["uri", "etag", "size", "label", "split"]
+
+    def stage() -> plan.StagedPlan:
+        return plan.stage_plan(read_usable(snapshot, splits=("train", "valid"), columns=columns), shard_images=config.shard_images)
+
+    run = runs.open_run(storage.join(config.out, "features"), "features", spec, stage)
+    if run.published:
+        log.info("features: computed before, in run %s", run.name)
+    else:
+        log.info("features: frozen %s by %s", config.arch, execution)
+        with progress.images("features", run.plan.num_images) as advance:
+            execute.execute(run, task, advance, num_actors=config.num_actors, cpus_per_actor=config.cpus_per_actor)
+    return run.uri
+
+
+def _cpus_per_worker(config: TrainConfig) -> int:
+    cpus = int(ray.cluster_resources().get("CPU", 0))
+    if config.address is None and config.num_workers > cpus:
+        raise ValueError(f"{config.num_workers} workers do not fit this machine's {cpus} CPUs: lower --num-workers, or join a cluster")
+    return max(1, min(MAX_CPUS_PER_WORKER, cpus // config.num_workers))
+
+
+def _run_workers(config: TrainConfig, job: worker.TrainJob) -> None:
+    use_gpu = session.has_gpu(config.address) and config.device != "cpu"
+    with tempfile.TemporaryDirectory(prefix="dragonclf-train-") as folder:
+        trainer = ray.train.torch.TorchTrainer(
+            worker.train_worker,
+            train_loop_config={"job": job.model_dump_json()},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=config.num_workers, use_gpu=use_gpu, resources_per_worker={"CPU": job.num_threads} | ({"GPU": 1} if use_gpu else {})
+            ),
+            # Ray Train keeps nothing that matters: checkpoints are our own. A name of its own each time, since it resumes by name.
+            run_config=ray.train.RunConfig(
+                name=f"dragonclf-{uuid.uuid4().hex}",
+                storage_path=folder,
+                failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            ),
+        )
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise _cause(error) from error
+
+
+def _cause(error: BaseException) -> Exception:
+    """The error of a worker as what it was there, if a user can act on it."""
+    text = str(error)
+    for kind, name in ((ValueError, "ValueError: "), (storage.StorageError, "Error: ")):
+        lines = [line for line in text.splitlines() if name in line]
+        if lines:
+            return kind(lines[-1].rpartition(name)[2])
+    return storage.StorageError(f"training failed: {(text.strip().splitlines() or ['no reason given'])[-1]}; the same command resumes")
+
+
+@contextlib.contextmanager
+def _followed(config: TrainConfig, run_uri: str, name: str, args: dict[str, Any]) -> Iterator[None]:
+    """Say each epoch's metrics as they appear in results.csv, and send them to MLflow."""
+    with tracking.run(config.mlflow_uri, run_uri, name, args) as log_metrics:
+        seen, stop = len(checkpoint.read_results(run_uri)), threading.Event()
+
+        def follow() -> None:
+            nonlocal seen
+            for row in checkpoint.read_results(run_uri)[seen:]:
+                seen += 1
+                log_metrics(row)
+                log.info(
+                    "epoch %d of %d: train loss %.4f, valid loss %.4f, valid accuracy %.4f",
+                    row["epoch"], config.epochs, row["train_loss"], row["valid_loss"], row["valid_accuracy"],
+                )  # fmt: skip
+
+        def poll() -> None:
+            while not stop.wait(POLL_S):
+                follow()
+
+        poller = threading.Thread(target=poll, daemon=True, name="follow")
+        poller.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            poller.join()
+        follow()
+
+
+def _save_bundle(config: TrainConfig, job: worker.TrainJob, args: dict[str, Any]) -> bundle.Bundle:
+    """Put the last checkpoint's weights into the architecture and write the bundle."""
+    state = checkpoint.load_newest(job.run_uri, num_epochs=config.epochs)
+    assert state is not None
+    assert state["epoch"] == config.epochs
+    model = worker.load_backbone(job)
+    transform = zoo.transform_for(model, size=config.size)
+    if job.features_uri is None:
+        prefix = "model."
+        model.load_state_dict({k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)})
+    else:
+        weight, bias = loop.folded(state["model"])
+        zoo.classifier(model).load_state_dict({"weight": weight, "bias": bias})
+    encoded = canaries.synthetic() if config.synthetic_canaries else _validation_images(job.snapshot)
+    last = state["history"][-1]
+    return bundle.save_bundle(
+        storage.join(job.run_uri, "model"), model, arch=config.arch, classes=job.snapshot.info.classes, transform=transform,
+        canaries=encoded, pretrained=job.pretrained, snapshot=job.snapshot.uri, config=args,
+        metrics={key: last[key] for key in ("train_loss", "valid_loss", "valid_accuracy")},
+    )  # fmt: skip
+
+
+def _validation_images(snapshot: Snapshot) -> list[bytes]:
+    """Up to four, spread over the validation split."""
+    uris: list[str] = pa.concat_tables(read_usable(snapshot, splits=["valid"], columns=["uri"]))["uri"].to_pylist()
+    step = max(1, len(uris) // canaries.COUNT)
+    return [storage.get(uri) for uri in uris[::step][: canaries.COUNT]]
+
+
+def _summary(run_uri: str, made: bundle.Bundle, snapshot: Snapshot) -> TrainSummary:
+    return TrainSummary(
+        run=run_uri, model=made.uri, model_version=made.version, snapshot=snapshot.uri, classes=made.info.classes, metrics=made.info.metrics
+    )  # fmt: skip
