@@ -3,16 +3,14 @@
 A field's description is its ``--help``; its validation is the only one. Fields marked positional are arguments, the rest options.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from dragonclf import storage
 
 MAX_IMAGE_BYTES = 256 * 2**20
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter gigabyte of RGB
-
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 
 class _Config(BaseModel):
@@ -27,12 +25,16 @@ class _Config(BaseModel):
 class RayConfig(_Config):
     """Where a job runs."""
 
-    address: str | None = Field(
-        None, description="Ray cluster to join: auto for the one on this machine, or HOST:PORT. None: a private Ray on this machine."
+    address: str = Field(
+        "local",
+        min_length=1,
+        description="Which Ray: local starts a private one on this machine; auto joins the one here; or HOST:PORT.",
     )
     num_actors: int | None = Field(None, ge=1, description="Worker actors. None: as many as fit the cluster.")
     cpus_per_actor: int | None = Field(None, ge=1, description="CPUs of an actor. None: all of a node's, at most 8.")
-    shard_images: int | None = Field(None, ge=1, description="Images per shard. None: 2,000, growing to 20,000 with the bucket.")
+    shard_images: int | None = Field(
+        None, ge=1, description="Images per shard. None: 2,000, growing to 20,000 with the bucket."
+    )
 
 
 class LimitsConfig(_Config):
@@ -48,7 +50,9 @@ class ExecutionConfig(_Config):
     runtime: Literal["auto", "torch", "openvino"] = Field(
         "auto", description="auto: torch on a GPU; on a CPU OpenVINO if it is installed, else torch."
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU if the cluster has one, else the CPU.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: the GPU if the cluster has one, else the CPU."
+    )
     precision: str = Field("f32", description="Arithmetic of the model. Only f32 is admitted: it equals training.")
     batch_size: int = Field(32, ge=1, description="Images per forward pass. Changes speed and memory, not results.")
 
@@ -62,7 +66,9 @@ class IndexConfig(RayConfig, LimitsConfig):
         json_schema_extra={"positional": True},
     )
     out: str = Field(description="Folder or s3:// prefix for the data set's snapshots.")
-    valid_fraction: float = Field(0.2, gt=0, lt=1, description="Share of images for validation, where the source does not say.")
+    valid_fraction: float = Field(
+        0.2, gt=0, lt=1, description="Share of images for validation, where the source does not say."
+    )
     seed: int = Field(0, ge=0, description="Draws the validation images.")
 
 
@@ -85,37 +91,55 @@ class ScoreConfig(ScoringConfig):
 class EvaluateConfig(ScoringConfig):
     """Options of `evaluate`."""
 
-    data: str = Field(description="Snapshot, or the folder that `index` wrote (its newest).", json_schema_extra={"positional": True})
+    data: str = Field(
+        description="Snapshot, or the folder that `index` wrote (its newest).", json_schema_extra={"positional": True}
+    )
     split: Literal["train", "valid", "test"] = Field("valid", description="Which images to look at.")
-    per_gallery: int = Field(8, ge=1, le=50, description="Pictures in each gallery of the report.")
+    per_gallery: int = Field(8, ge=1, le=24, description="Pictures in each gallery of the report.")
     seed: int = Field(0, ge=0, description="Draws the random galleries.")
 
 
 class TrainConfig(RayConfig, ExecutionConfig):
     """Options of `train`."""
 
-    data: str = Field(description="Snapshot, or the folder that `index` wrote (its newest).", json_schema_extra={"positional": True})
+    data: str = Field(
+        description="Snapshot, or the folder that `index` wrote (its newest).", json_schema_extra={"positional": True}
+    )
     out: str = Field(description="Folder or s3:// prefix under which the run's folder is made.")
-    name: Name | None = Field(None, description="Name of the run's folder. None: made from the options, so that equal ones resume.")
+    name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
+        description="Name of the run's folder. None: made from the options, so that equal ones resume.",
+    )
     arch: str = Field("tf_efficientnet_lite0", description="Architecture, by its name in timm.")
     pretrained: str = Field(
         "auto",
         description="Weights of the backbone: package:NAME, a file or s3:// URI, hub, none (random). auto: an installed package, else hub.",
     )
     size: int | None = Field(None, ge=32, le=2048, description="Side of the input in pixels. None: the backbone's own.")
-    precompute: bool = Field(True, description="Train the head on features computed once; no-precompute trains every layer.")
+    precompute: bool = Field(
+        True, description="Train the head on features computed once; no-precompute trains every layer."
+    )
     epochs: int = Field(3, ge=1, description="Passes over the training images.")
-    lr: float = Field(0.01, gt=0, description="Greatest learning rate of the one-cycle schedule. About 0.01 for the head, 0.001 for all.")
+    lr: float = Field(
+        0.01,
+        gt=0,
+        description="Greatest learning rate of the one-cycle schedule. About 0.01 for the head, 0.001 for all.",
+    )
     weight_decay: float = Field(0.01, ge=0, description="AdamW's decay of the weights, not of biases and norms.")
     global_batch_size: int = Field(64, ge=1, description="Images per step, over all workers together.")
     seed: int = Field(0, ge=0, description="Order of the images and augmentation.")
     num_workers: int = Field(1, ge=1, description="Training workers, each with one GPU if there are GPUs.")
-    max_failures: int = Field(3, ge=0, description="Losses of workers that are survived, each from the last checkpoint.")
+    max_failures: int = Field(
+        3, ge=0, description="Losses of workers that are survived, each from the last checkpoint."
+    )
     synthetic_canaries: bool = Field(
-        False, description="Put made-up pictures in the bundle instead of four validation images, where those may not be passed on."
+        False,
+        description="Put made-up pictures in the bundle instead of four validation images, where those may not be passed on.",
     )
     mlflow_uri: str | None = Field(
-        None, description="MLflow tracking server or database. None: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here."
+        None,
+        description="MLflow tracking server or database. None: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here.",
     )
 
 
@@ -123,4 +147,6 @@ class PredictConfig(ExecutionConfig, LimitsConfig):
     """Options of `predict`."""
 
     model: str = Field(description="Model bundle: a folder or s3:// prefix.", json_schema_extra={"positional": True})
-    images: list[str] = Field(min_length=1, description="Image files or s3:// objects.", json_schema_extra={"positional": True})
+    images: list[str] = Field(
+        min_length=1, description="Image files or s3:// objects.", json_schema_extra={"positional": True}
+    )

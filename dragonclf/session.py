@@ -13,27 +13,30 @@ from ray._private import ray_constants
 
 log = logging.getLogger("dragonclf")
 
+LOCAL = "local"
 LOCAL_OBJECT_STORE_BYTES = 256 * 2**20  # pixels never cross it
 
 
 @contextlib.contextmanager
-def connect(address: str | None, *, debug: bool = False) -> Iterator[None]:
-    """Run the body on a Ray: a fresh one on loopback that ends with it (None), the cluster at `address`, or the one here (``auto``).
+def connect(address: str, *, debug: bool = False) -> Iterator[None]:
+    """Run the body on a Ray: a fresh one on loopback that ends with it (``local``), the cluster at `address`, or the one here (``auto``).
 
     An enclosing `connect` or `ray.init` is reused. Raises ValueError if there is no Ray at the address.
     """
     if ray.is_initialized():
         yield
         return
-    if address is None:
+    if address == LOCAL:
         _start_local(debug)
     else:
         try:
             ray.init(address=address, log_to_driver=debug, logging_level=_level(debug))
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = (str(error).splitlines() or ["no answer"])[0]
-            raise ValueError(f"there is no Ray to join at {address!r}: {reason}; leave --address out to use this machine alone") from error
-    where = "a private one on this machine" if address is None else f"the cluster at {address}"
+            raise ValueError(
+                f"there is no Ray to join at {address!r}: {reason}; use --address local for this machine alone"
+            ) from error
+    where = "a private one on this machine" if address == LOCAL else f"the cluster at {address}"
     resources = ray.cluster_resources()
     log.info("Ray: %s, %g CPUs, %g GPUs", where, resources.get("CPU", 0), resources.get("GPU", 0))
     logging.getLogger("ray.data").setLevel(_level(debug))
@@ -45,9 +48,9 @@ def connect(address: str | None, *, debug: bool = False) -> Iterator[None]:
         ray.shutdown()
 
 
-def has_gpu(address: str | None) -> bool:
+def has_gpu(address: str) -> bool:
     """Whether the Ray that `connect(address)` gives has a GPU."""
-    if address is None and not ray.is_initialized():
+    if address == LOCAL and not ray.is_initialized():
         return torch.cuda.is_available()
     with connect(address):
         return ray.cluster_resources().get("GPU", 0) > 0
@@ -56,7 +59,9 @@ def has_gpu(address: str | None) -> bool:
 def _start_local(debug: bool) -> None:
     if "RAY_ADDRESS" in os.environ:
         log.info("RAY_ADDRESS=%s is set and not used: pass --address auto to join it", os.environ.pop("RAY_ADDRESS"))
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # ray.init turns token authentication on; without a token here it would write one to the home folder
+    os.environ.setdefault(
+        "RAY_AUTH_TOKEN", secrets.token_hex(32)
+    )  # ray.init turns token authentication on; without a token here it would write one to the home folder
     os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # else `uv run` ships the whole working folder
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")

@@ -12,7 +12,9 @@ RUN_ID = "mlflow_run_id"
 
 
 @contextlib.contextmanager
-def run(uri: str | None, run_uri: str, name: str, params: dict[str, Any]) -> Iterator[Callable[[dict[str, float]], None]]:
+def run(
+    uri: str | None, run_uri: str, name: str, params: dict[str, Any]
+) -> Iterator[Callable[[dict[str, float]], None]]:
     """Open the MLflow run of a training run, the same one when that is resumed; yield a function that logs an epoch's metrics.
 
     ValueError if the tracking server or database cannot be used.
@@ -33,9 +35,13 @@ def run(uri: str | None, run_uri: str, name: str, params: dict[str, Any]) -> Ite
             tags={"dragonclf.run": run_uri},
         )
     except (mlflow.exceptions.MlflowException, OSError) as error:
-        raise ValueError(f"MLflow cannot be used at {uri}: {str(error).splitlines()[0]}: give another --mlflow-uri") from error
+        raise ValueError(
+            f"MLflow cannot be used at {uri}: {str(error).splitlines()[0]}: give another --mlflow-uri"
+        ) from error
     if not known:
         storage.put(storage.join(run_uri, RUN_ID), active.info.run_id.encode())
         mlflow.log_params(params)
     with active:
-        yield lambda row: mlflow.log_metrics({key: value for key, value in row.items() if key != "epoch"}, step=int(row["epoch"]))
+        yield lambda row: mlflow.log_metrics(
+            {key: value for key, value in row.items() if key != "epoch"}, step=int(row["epoch"])
+        )

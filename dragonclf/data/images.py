@@ -6,24 +6,20 @@ BMP, ...) through Pillow. Both ways end in the same convention: EXIF orientation
 """
 
 import io
-import warnings
 
 import numpy as np
 import torch
+import torchvision.io  # registers torch.ops.image
 from PIL import ExifTags, Image, UnidentifiedImageError
-from torchvision.io import ImageReadMode, decode_jpeg, decode_png, decode_webp
 
 from dragonclf.config import MAX_PIXELS
 
 DECODE_VERSION = 1  # part of the transform digest: raise it when the pixels that `decode` returns change
 
-_FAST = {
-    ("JPEG", "RGB"): decode_jpeg,
-    ("JPEG", "L"): decode_jpeg,
-    ("PNG", "RGB"): decode_png,
-    ("PNG", "L"): decode_png,
-    ("WEBP", "RGB"): decode_webp,
-}
+# The operators behind torchvision.io's functions, which warn that they will move to another package: a warning for each image, and no
+# way to silence it that is safe in threads.
+_RGB = torchvision.io.ImageReadMode.RGB.value
+_FAST = {"JPEG": torch.ops.image.decode_jpeg, "PNG": torch.ops.image.decode_png, "WEBP": torch.ops.image.decode_webp}
 
 
 class ImageError(Exception):
@@ -43,29 +39,27 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
     if not data:
         raise ImageError("unreadable", "the file is empty")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's warnings of odd metadata; the size limit below is our own
-            image = Image.open(io.BytesIO(data))
-            width, height = image.size
-            if width * height > max_pixels:
-                raise ImageError("too_many_pixels", f"{width} x {height} pixels, over the limit of {max_pixels:,}")
-            pixels = _pixels(image, data)
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if _has_exif(image) else 1
+        Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns or raises; ours is next
+        image = Image.open(io.BytesIO(data))
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ImageError("too_many_pixels", f"{width} x {height} pixels, over the limit of {max_pixels:,}")
+        pixels = _pixels(image, data)
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if _has_exif(image) else 1
         return _upright(pixels, orientation)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
         raise ImageError("unsupported", "not an image in a known format") from error
-    except Exception as error:  # noqa: BLE001  decoders raise anything; one bad image is a row
+    except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ImageError("unreadable", f"cannot be decoded: {reason}") from error
 
 
 def _pixels(image: Image.Image, data: bytes) -> torch.Tensor:
-    fast = _FAST.get((image.format or "", image.mode))
+    fast = _FAST.get(image.format or "") if image.mode in ("RGB", "L") else None
     if fast is not None and "transparency" not in image.info and getattr(image, "n_frames", 1) == 1:
-        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return fast(encoded, mode=ImageReadMode.RGB)
+        return fast(torch.frombuffer(bytearray(data), dtype=torch.uint8), _RGB)
     image.seek(0)
     if image.mode.startswith(("I", "F")):  # 16 and 32 bit grey: Pillow's own conversion clips instead of scaling
         image = Image.fromarray(_to_eight_bit(np.asarray(image)))

@@ -69,12 +69,18 @@ def _sorted_rows(db: duckdb.DuckDBPyConnection, source: str, path: Path) -> Iter
     [(empty,)] = db.execute("SELECT count(*) FROM given WHERE uri IS NULL OR uri = ?", [f"{base}/"]).fetchall()
     if empty:
         raise ValueError(f"the manifest {source} has {empty} rows without a uri: every row names an image")
-    twice = db.execute("SELECT uri, count(*) FROM given GROUP BY uri HAVING count(*) > 1 ORDER BY uri LIMIT 1").fetchall()
+    twice = db.execute(
+        "SELECT uri, count(*) FROM given GROUP BY uri HAVING count(*) > 1 ORDER BY uri LIMIT 1"
+    ).fetchall()
     if twice:
         raise ValueError(f"the manifest {source} names {twice[0][0]} {twice[0][1]} times: every image has one row")
-    known = [f'"{name}"' if name in names else f"NULL::{kind}" for name, kind in (("etag", "VARCHAR"), ("size", "BIGINT"))]
+    known = [
+        f'"{name}"' if name in names else f"NULL::{kind}" for name, kind in (("etag", "VARCHAR"), ("size", "BIGINT"))
+    ]
     further = [f'"{name.replace(chr(34), chr(34) * 2)}"' for name in names if name not in SCHEMA.names]
-    columns = ", ".join(["uri", f"CAST({known[0]} AS VARCHAR) AS etag", f"CAST({known[1]} AS BIGINT) AS size", *further])
+    columns = ", ".join(
+        ["uri", f"CAST({known[0]} AS VARCHAR) AS etag", f"CAST({known[1]} AS BIGINT) AS size", *further]
+    )
     for batch in db.sql(f"SELECT {columns} FROM given ORDER BY uri").to_arrow_reader(BATCH_ROWS):  # noqa: S608  quoted names
         if batch.num_rows:
             yield pa.Table.from_batches([batch])

@@ -1,8 +1,8 @@
 """Snapshots: an immutable, content-addressed list of labelled images, with splits that are functions of content.
 
-    OUT/snapshots/ID/images-00000.parquet ...   uri, etag, size, label, split, group, width, height, sha256, status, error, own columns
-                     snapshot.json              written last; ID is the hash of the rows
-    OUT/snapshots/_latest.json                  pointer to the newest
+OUT/snapshots/ID/images-00000.parquet ...   uri, etag, size, label, split, group, width, height, sha256, status, error, own columns
+                 snapshot.json              written last; ID is the hash of the rows
+OUT/snapshots/_latest.json                  pointer to the newest
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from dragonclf import storage
 from dragonclf.data import tables
 
 INFO, FOLDER, LATEST = "snapshot.json", "snapshots", "_latest.json"
+COLUMNS = ("uri", "etag", "size", "label", "split", "group", "width", "height", "sha256", "status", "error")
 SPLITS = ("train", "valid", "test")
 BATCH_ROWS, FILE_BATCHES = 2_048, 200  # a file holds 409,600 rows
 
@@ -46,7 +47,9 @@ class Snapshot(BaseModel):
     info: SnapshotInfo
 
 
-def write_snapshot(out_uri: str, rows: Iterable[pa.Table], *, source: str, valid_fraction: float, seed: int) -> Snapshot:
+def write_snapshot(
+    out_uri: str, rows: Iterable[pa.Table], *, source: str, valid_fraction: float, seed: int
+) -> Snapshot:
     """Assign splits, check that the classes can be trained on, and write the snapshot; out of core, for any number of rows.
 
     `rows` come sorted by uri. A row that says its split keeps it. Any other image's split is a hash of `seed` and its group (its content
@@ -54,10 +57,17 @@ def write_snapshot(out_uri: str, rows: Iterable[pa.Table], *, source: str, valid
 
     Raises ValueError, with nothing written: one class only, a class without a usable image, or without one for training or validation.
     """
-    with tempfile.TemporaryDirectory(prefix="dragonclf-snapshot-") as folder, duckdb.connect(str(Path(folder) / "rows.db")) as db:
+    with (
+        tempfile.TemporaryDirectory(prefix="dragonclf-snapshot-") as folder,
+        duckdb.connect(str(Path(folder) / "rows.db")) as db,
+    ):
         for table in rows:
             db.register("batch", table)
-            db.execute("INSERT INTO image BY NAME SELECT * FROM batch" if _has_rows(db) else "CREATE TABLE image AS SELECT * FROM batch")
+            db.execute(
+                "INSERT INTO image BY NAME SELECT * FROM batch"
+                if _has_rows(db)
+                else "CREATE TABLE image AS SELECT * FROM batch"
+            )
             db.unregister("batch")
         db.execute(
             """UPDATE image SET split =
@@ -71,7 +81,7 @@ def write_snapshot(out_uri: str, rows: Iterable[pa.Table], *, source: str, valid
             "SELECT label, split, count(*) FILTER (status = 'ok') FROM image WHERE label IS NOT NULL GROUP BY ALL ORDER BY ALL"
         ).fetchall()
         classes = sorted({label for label, _, _ in usable})
-        splits = {split: {label: 0 for label in classes} for split in SPLITS}
+        splits = {split: dict.fromkeys(classes, 0) for split in SPLITS}
         for label, split, count in usable:
             splits[split][label] = count
         _check_classes(source, classes, splits)
@@ -95,13 +105,15 @@ def open_snapshot(uri: str) -> Snapshot:
     return Snapshot(uri=uri, info=SnapshotInfo.model_validate_json(found[0]))
 
 
-def read_usable(snapshot: Snapshot, *, splits: Iterable[str], columns: list[str] | None = None) -> Iterator[pa.Table]:
-    """Yield the readable, labelled rows of some splits, in the snapshot's order."""
+def read_rows(
+    snapshot: Snapshot, *, splits: Iterable[str], columns: list[str] | None = None, usable_only: bool = True
+) -> Iterator[pa.Table]:
+    """Yield the labelled rows of some splits in the snapshot's order, by default those of readable images only."""
     wanted = pa.array(list(splits))
     for index in range(snapshot.info.num_files):
         table = tables.read(storage.join(snapshot.uri, f"images-{index:05d}.parquet"))
-        keep = pc.and_(pc.equal(table["status"], "ok"), pc.is_in(table["split"], wanted))
-        table = table.filter(pc.and_(keep, pc.is_valid(table["label"])))
+        keep = pc.and_(pc.is_in(table["split"], wanted), pc.is_valid(table["label"]))
+        table = table.filter(pc.and_(keep, pc.equal(table["status"], "ok")) if usable_only else keep)
         yield table.select(columns) if columns else table
 
 
@@ -116,8 +128,13 @@ def _check_classes(source: str, classes: list[str], splits: dict[str, dict[str, 
     for label in classes:
         counts = {split: splits[split][label] for split in SPLITS}
         if not any(counts.values()):
-            raise ValueError(f"class {label!r} has no image that can be read: see the statuses above, or remove the class")
-        for split, remedy in (("train", "lower --valid-fraction"), ("valid", "raise --valid-fraction, or change --seed")):
+            raise ValueError(
+                f"class {label!r} has no image that can be read: see the statuses above, or remove the class"
+            )
+        for split, remedy in (
+            ("train", "lower --valid-fraction"),
+            ("valid", "raise --valid-fraction, or change --seed"),
+        ):
             if not counts[split]:
                 word = "training" if split == "train" else "validation"
                 raise ValueError(
@@ -128,8 +145,7 @@ def _check_classes(source: str, classes: list[str], splits: dict[str, dict[str, 
 def _write(out_uri: str, db: duckdb.DuckDBPyConnection, folder: Path, facts: dict) -> Snapshot:
     digest = hashlib.sha256()
     files: list[Path] = []
-    columns = ["uri", "etag", "size", "label", "split", "group", "width", "height", "sha256", "status", "error"]
-    order = ", ".join(f'"{name}"' for name in columns)
+    order = ", ".join(f'"{name}"' for name in COLUMNS)
     reader = db.sql(f"SELECT {order}, * EXCLUDE ({order}) FROM image ORDER BY uri").to_arrow_reader(BATCH_ROWS)  # noqa: S608
     while batches := list(itertools.islice(reader, FILE_BATCHES)):
         table = pa.Table.from_batches(batches)

@@ -14,7 +14,9 @@ def encode(table: pa.Table, *, metadata: dict[str, str] | None = None) -> bytes:
     """Return the table as one Parquet file, with `metadata` added to its footer. Equal tables give equal bytes."""
     buffer = io.BytesIO()
     if metadata:
-        table = table.replace_schema_metadata((table.schema.metadata or {}) | {k.encode(): v.encode() for k, v in metadata.items()})
+        table = table.replace_schema_metadata(
+            (table.schema.metadata or {}) | {k.encode(): v.encode() for k, v in metadata.items()}
+        )
     pq.write_table(table, buffer, compression="zstd")
     return buffer.getvalue()
 
@@ -40,4 +42,6 @@ def read_footer(uri: str) -> tuple[int, dict[str, str]]:
         size = wanted
     footer = pq.read_metadata(io.BytesIO(tail))
     metadata: dict[bytes, bytes] = footer.metadata or {}
-    return footer.num_rows, {key.decode(): value.decode() for key, value in metadata.items() if not key.startswith(b"ARROW:")}
+    return footer.num_rows, {
+        key.decode(): value.decode() for key, value in metadata.items() if not key.startswith(b"ARROW:")
+    }

@@ -30,7 +30,8 @@ Progress = Callable[[int, dict[str, int]], None]
 class Task(Protocol):
     """A small picklable description of a job, from which each actor opens its worker."""
 
-    uses_gpu: bool
+    @property
+    def uses_gpu(self) -> bool: ...
 
     def open(self, num_threads: int) -> Worker: ...
 
@@ -88,7 +89,9 @@ def _run_shards(
             yield int(row["shard"]), json.loads(row["counts"])
     except ray.exceptions.RayError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise storage.StorageError(f"a worker process died {MAX_RESTARTS + 1} times on {run.uri}: {reason}; the same command resumes") from error
+        raise storage.StorageError(
+            f"a worker process died {MAX_RESTARTS + 1} times on {run.uri}: {reason}; the same command resumes"
+        ) from error
 
 
 def _largest_node() -> int:

@@ -39,7 +39,9 @@ class ScoreTask:
     def open(self, num_threads: int) -> "ScoreWorker":
         loaded = bundle.load_bundle(self.model_uri)
         if loaded.version != self.model_version:
-            raise ValueError(f"{self.model_uri} is model {loaded.version} here and {self.model_version} at the start: start again")
+            raise ValueError(
+                f"{self.model_uri} is model {loaded.version} here and {self.model_version} at the start: start again"
+            )
         predictor = bundle.open_predictor(loaded, self.execution, batch_size=self.batch_size, num_threads=num_threads)
         return ScoreWorker(predictor, self.limits, loaded.info.classes, loaded.version)
 
@@ -63,7 +65,9 @@ class FeatureTask:
     def open(self, num_threads: int) -> "FeatureWorker":
         model = zoo.load_pretrained(self.arch, self.pretrained)
         if zoo.backbone_digest(model) != self.digest:
-            raise ValueError(f"the weights of {self.arch} from {self.pretrained} differ between this node and the driver: install the same")
+            raise ValueError(
+                f"the weights of {self.arch} from {self.pretrained} differ between this node and the driver: install the same"
+            )
         transform = zoo.transform_for(model, size=self.size)
         predictor = Predictor(model, transform, self.execution, batch_size=self.batch_size, num_threads=num_threads)
         return FeatureWorker(predictor, self.limits)
@@ -148,4 +152,6 @@ def check_class_names(classes: list[str]) -> None:
     for name in classes:
         twin = seen.setdefault(name.casefold(), name)
         if twin != name:
-            raise ValueError(f"classes {twin!r} and {name!r} differ in case only: rename one, their columns would collide in most readers")
+            raise ValueError(
+                f"classes {twin!r} and {name!r} differ in case only: rename one, their columns would collide in most readers"
+            )

@@ -27,9 +27,16 @@ UNKNOWN_SIZE = 2**20  # bytes counted for an image whose size the plan does not 
 class Worker(Protocol):
     """What is done to images, loaded once in each process (a model, say). One instance serves several threads."""
 
-    batch_size: int
-    max_image_bytes: int
-    pixels_shape: tuple[int, ...] | None  # of one image for `predict`; None if there is no model to run
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def max_image_bytes(self) -> int: ...
+
+    @property
+    def pixels_shape(self) -> tuple[int, ...] | None:
+        """Of one image for `predict`; None if there is no model to run."""
+        ...
 
     def read(self, data: bytes) -> tuple[dict[str, Any], np.ndarray | None]:
         """Decode one image: its values for the row, and the uint8 pixels for `predict`. Raises ImageError. Called in threads."""
@@ -52,7 +59,9 @@ class ShardResult:
     statuses: list[str]
     errors: list[str | None]
     values: list[dict[str, Any]]  # empty for an image that was not ok
-    outputs: dict[str, np.ndarray] = field(default_factory=dict)  # column -> (rows, ...); rows of bad images hold no meaning
+    outputs: dict[str, np.ndarray] = field(
+        default_factory=dict
+    )  # column -> (rows, ...); rows of bad images hold no meaning
 
     @classmethod
     def of_size(cls, count: int) -> "ShardResult":
@@ -111,7 +120,9 @@ class Pipeline:
         finally:
             self._batches.release()
 
-    async def _image(self, row: int, uri: str, size: int | None, result: ShardResult, target: np.ndarray | None) -> None:
+    async def _image(
+        self, row: int, uri: str, size: int | None, result: ShardResult, target: np.ndarray | None
+    ) -> None:
         limit = self._worker.max_image_bytes
         try:
             if size is not None and size > limit:

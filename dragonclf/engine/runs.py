@@ -154,7 +154,9 @@ def read_manifest(run_uri: str) -> Manifest:
     """The manifest of a published run. ValueError if the run is not published."""
     found = storage.get_if_exists(storage.join(run_uri, MANIFEST))
     if found is None:
-        raise ValueError(f"{run_uri} is not a published run: {MANIFEST} is missing; run the command that writes it to its end")
+        raise ValueError(
+            f"{run_uri} is not a published run: {MANIFEST} is missing; run the command that writes it to its end"
+        )
     return Manifest.model_validate_json(found[0])
 
 

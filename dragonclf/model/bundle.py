@@ -28,7 +28,9 @@ from dragonclf.data.transforms import Transform
 from dragonclf.model.predictor import Execution, Predictor
 
 WEIGHTS, EXPECTED, CARD, INFO = "model.safetensors", "canaries/expected.safetensors", "README.md", "model.json"
-PIXEL_BOUND = 0.5  # mean absolute difference of a canary's pixels, in 8-bit levels: room for another release of a decoder
+PIXEL_BOUND = (
+    0.5  # mean absolute difference of a canary's pixels, in 8-bit levels: room for another release of a decoder
+)
 LOGIT_BOUND = 1e-3  # of the largest canary logit, at least 1: other kernels add in another order
 
 
@@ -45,7 +47,9 @@ class BundleInfo(BaseModel):
     snapshot: str = Field(description="URI of the snapshot that it was trained on.")
     config: dict[str, Any] = Field(description="The training configuration.")
     metrics: dict[str, float] = Field(description="Of the last epoch, on the validation split.")
-    logit_bounds: dict[str, float] = Field(description="runtime/precision -> greatest allowed difference of a canary's logit.")
+    logit_bounds: dict[str, float] = Field(
+        description="runtime/precision -> greatest allowed difference of a canary's logit."
+    )
     num_canaries: int = Field(ge=1)
     created: str = Field(description="UTC time, ISO 8601.")
     versions: dict[str, str] = Field(description="Of the packages that made it.")
@@ -84,7 +88,9 @@ def save_bundle(
     """
     pixels = np.stack([transform.for_eval(decode(image)).numpy() for image in canaries])
     f32 = Execution(runtime="torch", device="cpu", precision="f32")
-    logits, _ = Predictor(model.cpu().eval(), transform, f32, batch_size=len(canaries), num_threads=torch.get_num_threads())(pixels)
+    logits, _ = Predictor(
+        model.cpu().eval(), transform, f32, batch_size=len(canaries), num_threads=torch.get_num_threads()
+    )(pixels)
     bound = LOGIT_BOUND * max(1.0, float(np.abs(logits).max()))
     metrics = {key: float(value) for key, value in metrics.items()}
     state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
@@ -111,7 +117,9 @@ def load_bundle(uri: str) -> Bundle:
     uri = storage.resolve(uri)
     found = storage.get_if_exists(storage.join(uri, INFO))
     if found is None:
-        raise ValueError(f"there is no model bundle at {uri}: {INFO} is missing; give the folder that `dragonclf train` names as its model")
+        raise ValueError(
+            f"there is no model bundle at {uri}: {INFO} is missing; give the folder that `dragonclf train` names as its model"
+        )
     try:
         info = BundleInfo.model_validate_json(found[0])
     except ValidationError as error:
@@ -131,7 +139,9 @@ def open_predictor(bundle: Bundle, execution: Execution, *, batch_size: int = 32
     """Return a predictor that has just reproduced the bundle's canaries, or raise ValueError saying by how much it missed."""
     bound = bundle.info.logit_bounds.get(execution.key)
     if bound is None:
-        raise ValueError(f"the bundle at {bundle.uri} does not admit {execution.key}: it admits {', '.join(bundle.info.logit_bounds)}")
+        raise ValueError(
+            f"the bundle at {bundle.uri} does not admit {execution.key}: it admits {', '.join(bundle.info.logit_bounds)}"
+        )
     transform = bundle.info.transform
     for index, (image, wanted) in enumerate(zip(bundle.canary_images, bundle.canary_pixels, strict=True)):
         try:
@@ -158,13 +168,17 @@ def open_predictor(bundle: Bundle, execution: Execution, *, batch_size: int = 32
 def _checked(uri: str, name: str, info: BundleInfo) -> bytes:
     data = storage.get(storage.join(uri, name))
     if hashlib.sha256(data).hexdigest() != info.files.get(name):
-        raise ValueError(f"{storage.join(uri, name)} was changed since the bundle was written: its SHA-256 is not the one in {INFO}")
+        raise ValueError(
+            f"{storage.join(uri, name)} was changed since the bundle was written: its SHA-256 is not the one in {INFO}"
+        )
     return data
 
 
 def _versions() -> dict[str, str]:
     packages = ("dragonclf", "torch", "torchvision", "timm", "pillow", "numpy")
-    return {"python": platform.python_version()} | {package: importlib.metadata.version(package) for package in packages}
+    return {"python": platform.python_version()} | {
+        package: importlib.metadata.version(package) for package in packages
+    }
 
 
 def _model_card(

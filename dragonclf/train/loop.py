@@ -114,7 +114,9 @@ def _train_epoch(
     filled = [batch if len(batch) else stand_in for batch in batches]
     total = torch.zeros((), dtype=torch.float64, device=device)
     for step, (inputs, targets) in enumerate(train.batches(filled, epoch=epoch)):
-        loss = F.cross_entropy(_logits(model, inputs.to(device)), targets.to(device), reduction="sum") * bool(len(batches[step]))
+        loss = F.cross_entropy(_logits(model, inputs.to(device)), targets.to(device), reduction="sum") * bool(
+            len(batches[step])
+        )
         optimizer.zero_grad(set_to_none=True)
         (loss * (world_size / order.global_count(step))).backward()  # data-parallel averages gradients over workers
         optimizer.step()

@@ -53,7 +53,9 @@ def load_backbone(job: TrainJob) -> nn.Module:
     """The pretrained model with a new head. ValueError if this node's weights are not the driver's."""
     model = zoo.load_pretrained(job.arch, job.pretrained)
     if zoo.backbone_digest(model) != job.backbone_digest:
-        raise ValueError(f"the weights of {job.arch} from {job.pretrained} differ between this node and the driver: install the same")
+        raise ValueError(
+            f"the weights of {job.arch} from {job.pretrained} differ between this node and the driver: install the same"
+        )
     return zoo.with_new_head(model, len(job.snapshot.info.classes))
 
 

@@ -40,10 +40,16 @@ def index(config: IndexConfig) -> snapshot.Snapshot:
     else:
         task = IndexTask(config.max_image_bytes, config.max_pixels)
         with session.connect(config.address), progress.images("index", run.plan.num_images) as advance:
-            manifest = execute.execute(run, task, advance, num_actors=config.num_actors, cpus_per_actor=config.cpus_per_actor)
+            manifest = execute.execute(
+                run, task, advance, num_actors=config.num_actors, cpus_per_actor=config.cpus_per_actor
+            )
     _say_unusable(manifest, run.uri)
     made = snapshot.write_snapshot(
-        config.out, runs.read_parts(run.uri), source=config.source, valid_fraction=config.valid_fraction, seed=config.seed
+        config.out,
+        runs.read_parts(run.uri),
+        source=config.source,
+        valid_fraction=config.valid_fraction,
+        seed=config.seed,
     )
     pointer = {"snapshot": made.info.id, "planned_s": manifest.planned_s}
     runs.advance_pointer(storage.join(config.out, snapshot.FOLDER, snapshot.LATEST), pointer)
@@ -107,7 +113,9 @@ def _stage(config: IndexConfig) -> plan.StagedPlan:
             raise ValueError(f"class {empty[0]!r} has no image under {config.source}: add some, or remove its folder")
         if len(labels) < 2:
             found = f"only one class, {next(iter(labels))!r}" if labels else "no image in a class folder"
-            raise ValueError(f"{config.source} has {found}: a classifier needs two or more, one folder each (or a column label)")
+            raise ValueError(
+                f"{config.source} has {found}: a classifier needs two or more, one folder each (or a column label)"
+            )
     except ValueError:
         staged.__exit__()
         raise
@@ -165,4 +173,9 @@ def _empty_folders(source: str) -> list[str]:
 def _say_unusable(manifest: runs.Manifest, run_uri: str) -> None:
     bad = {status: count for status, count in manifest.counts.items() if status != "ok"}
     if bad:
-        log.warning("index: %s images cannot be used: %s; each is a row of %s/parts", sum(bad.values()), json.dumps(bad), run_uri)
+        log.warning(
+            "index: %s images cannot be used: %s; each is a row of %s/parts",
+            sum(bad.values()),
+            json.dumps(bad),
+            run_uri,
+        )

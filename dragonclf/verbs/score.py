@@ -27,7 +27,9 @@ class ScoreSummary(BaseModel):
     counts: dict[str, int] = Field(description="Rows by status; their sum is num_images.")
     model_version: str
     execution: str = Field(description="Runtime, device and precision.")
-    images_per_s: float | None = Field(description="Of this call's images, the start of its actors included. None: nothing was to do.")
+    images_per_s: float | None = Field(
+        description="Of this call's images, the start of its actors included. None: nothing was to do."
+    )
 
 
 def score(config: ScoreConfig) -> ScoreSummary:
@@ -37,11 +39,18 @@ def score(config: ScoreConfig) -> ScoreSummary:
     or StorageError; a run that stops so can be resumed.
     """
     loaded = bundle.load_bundle(config.model)
-    return score_rows(config, loaded, verb="score", input_id={"source": config.source}, rows=lambda: listing.list_rows(config.source))
+    return score_rows(
+        config, loaded, verb="score", input_id={"source": config.source}, rows=lambda: listing.list_rows(config.source)
+    )
 
 
 def score_rows(
-    config: ScoringConfig, loaded: bundle.Bundle, *, verb: str, input_id: dict[str, Any], rows: Callable[[], Iterable[pa.Table]]
+    config: ScoringConfig,
+    loaded: bundle.Bundle,
+    *,
+    verb: str,
+    input_id: dict[str, Any],
+    rows: Callable[[], Iterable[pa.Table]],
 ) -> ScoreSummary:
     """Score the planned `rows` with a loaded bundle under `config.out`; `input_id` tells their origin in the run's spec."""
     inference.check_class_names(loaded.info.classes)
@@ -63,10 +72,11 @@ def score_rows(
         task = inference.ScoreTask(loaded.uri, loaded.version, execution, config.batch_size, limits)
         started, waiting = time.monotonic(), len(runs.missing_shards(run))
         with session.connect(config.address), progress.images(verb, run.plan.num_images) as advance:
-            manifest = execute.execute(run, task, advance, num_actors=config.num_actors, cpus_per_actor=config.cpus_per_actor)
+            manifest = execute.execute(
+                run, task, advance, num_actors=config.num_actors, cpus_per_actor=config.cpus_per_actor
+            )
         rate = run.plan.num_images * waiting / run.plan.num_shards / (time.monotonic() - started)
     return ScoreSummary(
         run=run.uri, parts=storage.join(run.uri, "parts"), num_images=manifest.num_images, counts=manifest.counts,
         model_version=loaded.version, execution=str(execution), images_per_s=rate,
     )  # fmt: skip
-

@@ -1,10 +1,10 @@
 """`train`: a snapshot becomes a model bundle, by data-parallel workers of Ray Train.
 
-    OUT/NAME/args.json        the options, resolved; the same command resumes, another one is refused
-             checkpoints/     one an epoch
-             results.csv      one row an epoch
-             model/           the bundle, at the end
-    OUT/features/runs/...     features of frozen backbones, shared by the runs under OUT
+OUT/NAME/args.json        the options, resolved; the same command resumes, another one is refused
+         checkpoints/     one an epoch
+         results.csv      one row an epoch
+         model/           the bundle, at the end
+OUT/features/runs/...     features of frozen backbones, shared by the runs under OUT
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from torch import nn
 
 from dragonclf import progress, session, storage, tracking
 from dragonclf.config import MAX_IMAGE_BYTES, MAX_PIXELS, TrainConfig
-from dragonclf.data.snapshot import Snapshot, open_snapshot, read_usable
+from dragonclf.data.snapshot import Snapshot, open_snapshot, read_rows
 from dragonclf.engine import execute, inference, plan, runs
 from dragonclf.model import bundle, canaries, zoo
 from dragonclf.model.predictor import resolve_execution
@@ -37,7 +37,18 @@ log = logging.getLogger("dragonclf")
 
 MAX_CPUS_PER_WORKER = 8
 POLL_S = 1.0
-_NOT_RESULTS = {"address", "num_actors", "cpus_per_actor", "shard_images", "batch_size", "num_workers", "max_failures", "mlflow_uri", "out", "name"}
+_NOT_RESULTS = {
+    "address",
+    "num_actors",
+    "cpus_per_actor",
+    "shard_images",
+    "batch_size",
+    "num_workers",
+    "max_failures",
+    "mlflow_uri",
+    "out",
+    "name",
+}
 
 
 class TrainSummary(BaseModel):
@@ -63,7 +74,9 @@ def train(config: TrainConfig) -> TrainSummary:
     args = config.model_dump(exclude=_NOT_RESULTS) | {"snapshot": snapshot.info.id, "pretrained": source}
     name = config.name or f"{config.arch}-{hashlib.sha256(json.dumps(args, sort_keys=True).encode()).hexdigest()[:8]}"
     run_uri = storage.join(config.out, name)
-    if not storage.put_if_absent(storage.join(run_uri, "args.json"), json.dumps(args, indent=2, sort_keys=True).encode()):
+    if not storage.put_if_absent(
+        storage.join(run_uri, "args.json"), json.dumps(args, indent=2, sort_keys=True).encode()
+    ):
         raise ValueError(f"the run at {run_uri} was started with other options: choose another --name")
     model_uri = storage.join(run_uri, "model")
     if storage.stat(storage.join(model_uri, bundle.INFO)):
@@ -89,7 +102,9 @@ def train(config: TrainConfig) -> TrainSummary:
 
 def _compute_features(config: TrainConfig, snapshot: Snapshot, source: str, backbone: nn.Module) -> str:
     """Features of all training and validation images, by the engine: resumed if killed, reused if the same were computed before."""
-    execution = resolve_execution(config.runtime, config.device, config.precision, has_gpu=session.has_gpu(config.address))
+    execution = resolve_execution(
+        config.runtime, config.device, config.precision, has_gpu=session.has_gpu(config.address)
+    )
     transform = zoo.transform_for(backbone, size=config.size)
     task = inference.FeatureTask(
         config.arch, source, zoo.backbone_digest(backbone), config.size, execution, config.batch_size,
@@ -101,7 +116,9 @@ def _compute_features(config: TrainConfig, snapshot: Snapshot, source: str, back
     columns = ["uri", "etag", "size", "label", "split"]
 
     def stage() -> plan.StagedPlan:
-        return plan.stage_plan(read_usable(snapshot, splits=("train", "valid"), columns=columns), shard_images=config.shard_images)
+        return plan.stage_plan(
+            read_rows(snapshot, splits=("train", "valid"), columns=columns), shard_images=config.shard_images
+        )
 
     run = runs.open_run(storage.join(config.out, "features"), "features", spec, stage)
     if run.published:
@@ -115,8 +132,10 @@ def _compute_features(config: TrainConfig, snapshot: Snapshot, source: str, back
 
 def _cpus_per_worker(config: TrainConfig) -> int:
     cpus = int(ray.cluster_resources().get("CPU", 0))
-    if config.address is None and config.num_workers > cpus:
-        raise ValueError(f"{config.num_workers} workers do not fit this machine's {cpus} CPUs: lower --num-workers, or join a cluster")
+    if config.address == session.LOCAL and config.num_workers > cpus:
+        raise ValueError(
+            f"{config.num_workers} workers do not fit this machine's {cpus} CPUs: lower --num-workers, or join a cluster"
+        )
     return max(1, min(MAX_CPUS_PER_WORKER, cpus // config.num_workers))
 
 
@@ -127,7 +146,9 @@ def _run_workers(config: TrainConfig, job: worker.TrainJob) -> None:
             worker.train_worker,
             train_loop_config={"job": job.model_dump_json()},
             scaling_config=ray.train.ScalingConfig(
-                num_workers=config.num_workers, use_gpu=use_gpu, resources_per_worker={"CPU": job.num_threads} | ({"GPU": 1} if use_gpu else {})
+                num_workers=config.num_workers,
+                use_gpu=use_gpu,
+                resources_per_worker={"CPU": job.num_threads} | ({"GPU": 1} if use_gpu else {}),
             ),
             # Ray Train keeps nothing that matters: checkpoints are our own. A name of its own each time, since it resumes by name.
             run_config=ray.train.RunConfig(
@@ -149,7 +170,9 @@ def _cause(error: BaseException) -> Exception:
         lines = [line for line in text.splitlines() if name in line]
         if lines:
             return kind(lines[-1].rpartition(name)[2])
-    return storage.StorageError(f"training failed: {(text.strip().splitlines() or ['no reason given'])[-1]}; the same command resumes")
+    return storage.StorageError(
+        f"training failed: {(text.strip().splitlines() or ['no reason given'])[-1]}; the same command resumes"
+    )
 
 
 @contextlib.contextmanager
@@ -206,7 +229,7 @@ def _save_bundle(config: TrainConfig, job: worker.TrainJob, args: dict[str, Any]
 
 def _validation_images(snapshot: Snapshot) -> list[bytes]:
     """Up to four, spread over the validation split."""
-    uris: list[str] = pa.concat_tables(read_usable(snapshot, splits=["valid"], columns=["uri"]))["uri"].to_pylist()
+    uris: list[str] = pa.concat_tables(read_rows(snapshot, splits=["valid"], columns=["uri"]))["uri"].to_pylist()
     step = max(1, len(uris) // canaries.COUNT)
     return [storage.get(uri) for uri in uris[::step][: canaries.COUNT]]
 

@@ -1,0 +1,181 @@
+"""`dragonclf`: one command a verb. Progress and errors go to stderr, the result to stdout.
+
+Exit codes: 0 done; 1 done, with images that could not be predicted; 2 the request is wrong (the message says what and how to mend it);
+3 storage or workers failed (the same command resumes); 130 interrupted (likewise).
+"""
+
+import importlib
+import inspect
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel, ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from dragonclf import config, options
+from dragonclf.storage import StorageError
+
+log = logging.getLogger("dragonclf")
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb's options, the library function that does it, and its help."""
+
+    name: str
+    config: type[BaseModel]
+    function: str  # module:name, imported when called, so that --help is quick
+    help: str
+    example: str
+
+
+VERBS = {
+    verb.name: verb
+    for verb in (
+        Verb(
+            "index", config.IndexConfig, "dragonclf.verbs.index:index",
+            "Make an immutable snapshot of a folder or prefix of labelled images: checked, hashed, split.",
+            "dragonclf index s3://photos/dragons --out s3://work/dragons",
+        ),
+        Verb(
+            "train", config.TrainConfig, "dragonclf.verbs.train:train",
+            "Fine-tune a classifier on a snapshot. The same command resumes a run that was killed.",
+            "dragonclf train s3://work/dragons --out s3://work/models --epochs 3 --lr 0.01 --num-workers 2",
+        ),
+        Verb(
+            "evaluate", config.EvaluateConfig, "dragonclf.verbs.evaluate:evaluate",
+            "Measure a model on a split and write a report with its right, wrong and uncertain pictures.",
+            "dragonclf evaluate s3://work/models/RUN/model s3://work/dragons --out report",
+        ),
+        Verb(
+            "predict", config.PredictConfig, "dragonclf.verbs.predict:predict",
+            "Print the probabilities of a few images, without Ray.",
+            "dragonclf predict s3://work/models/RUN/model drogon.jpg viserion.jpg",
+        ),
+        Verb(
+            "score", config.ScoreConfig, "dragonclf.verbs.score:score",
+            "Write a row of probabilities for every object under a prefix. The same command resumes, or does nothing if all is done.",
+            "dragonclf score s3://work/models/RUN/model s3://photos/new --out s3://work/scores",
+        ),
+    )
+}  # fmt: skip
+
+app = typer.Typer(
+    help="Fine-tune an image classifier on Ray from a bucket of labelled images, and score whole buckets with it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+def job(name: str) -> None:
+    """Run a verb as a job on the cluster that this machine belongs to; the last line printed is one JSON object."""
+    single = typer.Typer(pretty_exceptions_enable=False)
+    verb = VERBS[name]
+    command = _command(verb, as_job=True)
+    single.command(help=_help(verb), context_settings={"help_option_names": ["-h", "--help"]})(command)
+    single()
+
+
+def report_errors(action: Callable[[], int], *, debug: bool) -> int:
+    """Run `action` and return its exit code; turn what a user can mend into one line and a code of its own."""
+    try:
+        return action()
+    except (ValueError, StorageError) as error:
+        if debug:
+            raise
+        text = options.explain(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
+        typer.echo(f"dragonclf: error: {text}", err=True)
+        return 3 if isinstance(error, StorageError) else 2
+    except KeyboardInterrupt:
+        typer.echo("dragonclf: interrupted; the same command resumes", err=True)
+        return 130
+
+
+def configure_logging(*, debug: bool) -> None:
+    """Send dragonclf's log to stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s" if debug else "%(message)s")
+    )
+    log.handlers = [handler]
+    log.setLevel(logging.DEBUG if debug else logging.INFO)
+    log.propagate = False
+
+
+def _command(verb: Verb, *, as_job: bool) -> Callable[..., None]:
+    def run(json_output: bool, debug: bool, **values: Any) -> None:
+        configure_logging(debug=debug)
+
+        def action() -> int:
+            chosen = verb.config.model_validate(values)
+            module, _, function = verb.function.partition(":")
+            summary = getattr(importlib.import_module(module), function)(chosen)
+            summary = getattr(summary, "info", summary)
+            if json_output or as_job:
+                typer.echo(summary.model_dump_json())
+            else:
+                _print(summary)
+            return int(any(row.status != "ok" for row in getattr(summary, "predictions", [])))
+
+        raise typer.Exit(report_errors(action, debug=debug))
+
+    extra = [
+        ("json_output", typer.Option("--json", help="Print the result as one JSON object."), False),
+        ("debug", typer.Option("--debug", help="Show tracebacks, and the logs of Ray and its workers."), False),
+    ]
+    signature = options.parameters(verb.config, defaults={"address": "auto"} if as_job else None) + [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[bool, info])
+        for name, info, default in extra
+    ]
+    run.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]  typer reads options from here
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in signature}
+    return run
+
+
+def _help(verb: Verb) -> str:
+    return f"{verb.help}\n\nExample: {verb.example}"
+
+
+def _print(summary: BaseModel) -> None:
+    console = Console(soft_wrap=True)
+    for name in type(summary).model_fields:
+        value = getattr(summary, name)
+        if isinstance(value, list) and value and isinstance(value[0], BaseModel):
+            console.print(_table(value))
+        else:
+            console.print(f"{name.replace('_', ' '):>18}  {_text(value)}", highlight=False, markup=False)
+
+
+def _table(rows: list[Any]) -> Table:
+    classes = next((list(row.probs) for row in rows if row.probs), [])
+    table = Table("image", "label", *classes, box=None)
+    for row in rows:
+        cells = [f"{row.probs[name]:.4f}" for name in classes] if row.probs else [""] * len(classes)
+        table.add_row(row.uri, row.label or f"{row.status}: {row.error}", *cells)
+    return table
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(
+            f"{key} {_text(item)}" if not isinstance(item, dict) else f"{key}: {_text(item)};"
+            for key, item in value.items()
+        )
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value))
+    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+
+
+for _verb in VERBS.values():
+    app.command(_verb.name, help=_help(_verb))(_command(_verb, as_job=False))

@@ -1,0 +1,56 @@
+"""Command-line parameters out of a config model, so that an option is named, typed, documented and defaulted in one place."""
+
+import inspect
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+
+def parameters(config_type: type[BaseModel], *, defaults: dict[str, Any] | None = None) -> list[inspect.Parameter]:
+    """Typer's view of each field: an argument if it is marked positional, else an option. `defaults` replaces some fields' own."""
+    given = defaults or {}
+    fields = config_type.model_fields
+    ordered = sorted(fields, key=lambda name: (not _is_positional(fields[name]), not fields[name].is_required()))
+    return [_parameter(name, fields[name], given) for name in ordered]
+
+
+def explain(error: ValidationError) -> str:
+    """A validation error in one line: each option, what is wrong, what was given."""
+    return "; ".join(
+        f"{_option(str(item['loc'][0])) if item['loc'] else 'options'}: {item['msg'].removeprefix('Value error, ')} (given: {item['input']!r})"
+        for item in error.errors()
+    )
+
+
+def _parameter(name: str, field: FieldInfo, defaults: dict[str, Any]) -> inspect.Parameter:
+    if _is_positional(field):
+        info = typer.Argument(help=field.description, metavar=name.upper(), show_default=False)
+    else:
+        default = defaults.get(name, field.default)
+        info = typer.Option(
+            _declaration(name, field),
+            help=field.description,
+            show_default=not field.is_required() and default is not None,
+        )
+    required = field.is_required() and name not in defaults
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if required else defaults.get(name, field.default),
+        annotation=Annotated[field.annotation, info],
+    )
+
+
+def _is_positional(field: FieldInfo) -> bool:
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and bool(extra.get("positional"))
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _declaration(name: str, field: FieldInfo) -> str:
+    return f"{_option(name)}/--no-{name.replace('_', '-')}" if field.annotation is bool else _option(name)

@@ -1,0 +1,110 @@
+"""Read, list and write objects under local paths and ``s3://`` URIs, by the same functions.
+
+A URI of an S3 object is ``"s3://" + bucket + "/" + key`` with the key's characters as they are: nothing is percent-encoded,
+so every key round-trips byte for byte. A local URI is an absolute path.
+
+Every write is whole or not at all. What fails for good, after bounded retries, is a `StorageError` that names operation, object, cause.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from dragonclf.storage import local, s3
+from dragonclf.storage.errors import AccessDeniedError, ObjectInfo, ObjectMissingError, PreconditionError, StorageError
+
+__all__ = [
+    "AccessDeniedError", "ObjectInfo", "ObjectMissingError", "StorageError", "fetch", "get", "get_if_exists", "is_s3", "join",
+    "list_objects", "name", "put", "put_if_absent", "put_if_match", "resolve", "stat",
+]  # fmt: skip
+
+
+def resolve(uri: str) -> str:
+    """Return `uri` as an ``s3://`` URI or an absolute local path. ValueError for any other scheme."""
+    if is_s3(uri):
+        if not s3.split(uri)[0]:
+            raise ValueError(f"{uri!r} names no bucket: write s3://BUCKET/PREFIX")
+        return uri
+    uri = uri.removeprefix("file://")
+    if scheme := re.match(r"([a-z][a-z0-9+.-]*)://", uri):
+        raise ValueError(f"{uri!r}: {scheme[1]}:// is not supported: use a local path or s3://BUCKET/PREFIX")
+    if not uri:
+        raise ValueError("the path is empty: give a local path or s3://BUCKET/PREFIX")
+    return uri if uri.startswith("/") else str(Path.cwd() / Path(uri).expanduser())
+
+
+def is_s3(uri: str) -> bool:
+    return uri.startswith("s3://")
+
+
+def join(base: str, *names: str) -> str:
+    """Join names under a prefix or folder."""
+    return "/".join([base.removesuffix("/"), *names])
+
+
+def name(uri: str) -> str:
+    """The part after the last slash."""
+    return uri.rpartition("/")[2]
+
+
+def list_objects(uri: str) -> Iterator[ObjectInfo]:
+    """Yield every object under a prefix or folder, in the store's order, in constant memory.
+
+    A prefix is a folder: ``s3://b/cats`` lists ``cats/...`` and never ``cats2/...``. Raises ObjectMissingError for a local folder
+    that does not exist; an S3 prefix without objects yields nothing.
+    """
+    return _store(uri).list_objects(uri)
+
+
+def stat(uri: str) -> ObjectInfo | None:
+    """Return etag and size of one object, or None if there is none."""
+    return _store(uri).stat(uri)
+
+
+def get(uri: str, *, last_bytes: int | None = None) -> bytes:
+    """Return the object's content, or only its `last_bytes` bytes. Raises ObjectMissingError, AccessDeniedError, StorageError."""
+    return _store(uri).get(uri, last_bytes=last_bytes)[0]
+
+
+def get_if_exists(uri: str) -> tuple[bytes, str] | None:
+    """Return (content, etag) read together, or None if there is no such object."""
+    try:
+        return _store(uri).get(uri)
+    except ObjectMissingError:
+        return None
+
+
+async def fetch(uri: str) -> tuple[bytes, str]:
+    """Return (content, etag) without blocking the event loop: the way to read many images. Raises as `get` does."""
+    return await _store(uri).fetch(uri)
+
+
+def put(uri: str, data: bytes) -> None:
+    """Write the object, replacing what is there."""
+    _store(uri).put(uri, data)
+
+
+def put_if_absent(uri: str, data: bytes) -> bool:
+    """Write the object only if there is none. True if it now holds exactly `data`, False if it holds something else.
+
+    A store may answer "exists" to the retry of a write of our own that it had kept, so the object is read back and compared.
+    """
+    try:
+        _store(uri).create(uri, data)
+    except PreconditionError:
+        return get(uri) == data
+    return True
+
+
+def put_if_match(uri: str, data: bytes, etag: str) -> bool:
+    """Replace the object only if its etag is still `etag`. False if it changed or is gone (unless it holds `data` already)."""
+    try:
+        _store(uri).replace(uri, data, etag=etag)
+    except (PreconditionError, ObjectMissingError):
+        found = get_if_exists(uri)
+        return found is not None and found[0] == data
+    return True
+
+
+def _store(uri: str):
+    return s3 if is_s3(uri) else local

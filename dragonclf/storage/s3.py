@@ -1,0 +1,215 @@
+"""Objects on S3 and what speaks its protocol. The only module that knows S3 options.
+
+boto3 lists, writes and owns the credentials chain (environment, profile, SSO, instance and pod roles; endpoint and region by the
+standard ``AWS_*`` variables). obstore fetches image bytes, at a third of boto3's CPU, wherever its normalised path equals the key;
+boto3 fetches the rest. Retries on throttling, 5xx and lost connections are bounded, with backoff and jitter.
+"""
+
+import asyncio
+import contextlib
+import functools
+import re
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import boto3
+import botocore.exceptions
+import obstore
+from botocore.config import Config
+from obstore.auth.boto3 import Boto3CredentialProvider
+from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.store import S3Store
+
+from dragonclf.storage.errors import (
+    AccessDeniedError,
+    ObjectInfo,
+    ObjectMissingError,
+    PreconditionError,
+    StorageError,
+    first_line,
+    missing,
+)
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+CONNECT_TIMEOUT_S = 10
+READ_TIMEOUT_S = 60
+MAX_ATTEMPTS = 6
+
+_CREDENTIAL_CODES = {
+    "ExpiredToken", "ExpiredTokenException", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch",
+    "UnrecognizedClientException",
+}  # fmt: skip
+
+
+def split(uri: str) -> tuple[str, str]:
+    """Split an ``s3://`` URI into (bucket, key)."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return bucket, key
+
+
+def list_objects(uri: str) -> Iterator[ObjectInfo]:
+    bucket, prefix = split(uri)
+    if prefix and not prefix.endswith("/"):
+        prefix += "/"
+    pages = iter(_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix))
+    while True:
+        with _errors("list", uri):
+            page = next(pages, None)
+        if page is None:
+            return
+        for item in page.get("Contents", []):
+            assert "Key" in item
+            assert "ETag" in item
+            assert "Size" in item
+            yield ObjectInfo(f"s3://{bucket}/{item['Key']}", item["ETag"].strip('"'), item["Size"])
+
+
+def stat(uri: str) -> ObjectInfo | None:
+    bucket, key = split(uri)
+    try:
+        with _errors("read", uri):
+            head = _client().head_object(Bucket=bucket, Key=key)
+    except ObjectMissingError:
+        return None
+    return ObjectInfo(uri, head["ETag"].strip('"'), head["ContentLength"])
+
+
+def get(uri: str, *, last_bytes: int | None = None) -> tuple[bytes, str]:
+    bucket, key = split(uri)
+    with _errors("read", uri):
+        if last_bytes is None:
+            found = _client().get_object(Bucket=bucket, Key=key)
+        else:
+            found = _client().get_object(Bucket=bucket, Key=key, Range=f"bytes=-{last_bytes}")
+        return found["Body"].read(), found["ETag"].strip('"')
+
+
+def put(uri: str, data: bytes) -> None:
+    bucket, key = split(uri)
+    with _errors("write", uri):
+        _client().put_object(Bucket=bucket, Key=key, Body=data)
+
+
+def create(uri: str, data: bytes) -> None:
+    """Write by If-None-Match. PreconditionError if the object exists, perhaps by a write of ours whose answer was lost."""
+    bucket, key = split(uri)
+    with _errors("write", uri):
+        _client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+
+
+def replace(uri: str, data: bytes, *, etag: str) -> None:
+    """Write by If-Match. PreconditionError or ObjectMissingError if the object is not as `etag` says."""
+    bucket, key = split(uri)
+    with _errors("write", uri):
+        _client().put_object(Bucket=bucket, Key=key, Body=data, IfMatch=f'"{etag}"')
+
+
+async def fetch(uri: str) -> tuple[bytes, str]:
+    bucket, key = split(uri)
+    if not _obstore_keeps(key):
+        return await asyncio.to_thread(get, uri)
+    store = _obstore(bucket)
+    try:
+        found = await obstore.get_async(store, key)
+        return bytes(await found.bytes_async()), (found.meta["e_tag"] or "").strip('"')
+    except FileNotFoundError as error:
+        raise missing("read", uri) from error
+    except (PermissionDeniedError, UnauthenticatedError) as error:
+        code = re.search(r"<Code>(\w+)</Code>", str(error))
+        raise _denied("read", uri, code[1] if code else "AccessDenied") from error
+    except (BaseError, OSError) as error:
+        raise StorageError(f"cannot read {uri}: {first_line(error)}") from error
+
+
+def _obstore_keeps(key: str) -> bool:
+    """Whether obstore's normalised path equals the key byte for byte (`a//b`, `./x`, `/lead`, `dir/`, control characters do not)."""
+    return key.isprintable() and all(part not in ("", ".", "..") for part in key.split("/"))
+
+
+@functools.cache
+def _client() -> "S3Client":
+    return boto3.Session().client(
+        "s3",
+        config=Config(
+            connect_timeout=CONNECT_TIMEOUT_S,
+            read_timeout=READ_TIMEOUT_S,
+            retries={"mode": "standard", "total_max_attempts": MAX_ATTEMPTS},
+            max_pool_connections=64,
+        ),
+    )
+
+
+@functools.cache
+def _obstore(bucket: str) -> S3Store:
+    """One store per bucket, with boto3's credentials and endpoint, and the bucket's own region."""
+    client = _client()
+    endpoint = client.meta.endpoint_url
+    is_aws = endpoint.removesuffix("/").endswith((".amazonaws.com", ".amazonaws.com.cn"))
+    with _errors("find", f"s3://{bucket}"):
+        region = _region(bucket)
+    return S3Store(
+        bucket,
+        region=region,
+        endpoint=None if is_aws else endpoint,
+        credential_provider=Boto3CredentialProvider(boto3.Session()),
+        client_options={
+            "allow_http": not is_aws and endpoint.startswith("http://"),
+            "connect_timeout": f"{CONNECT_TIMEOUT_S}s",
+            "timeout": f"{READ_TIMEOUT_S}s",
+        },
+        retry_config={"max_retries": MAX_ATTEMPTS - 1, "retry_timeout": timedelta(seconds=2 * READ_TIMEOUT_S)},
+    )
+
+
+def _region(bucket: str) -> str:
+    """The bucket's own region, which S3 tells even to those who may not list it; else the configured one."""
+    try:
+        found = _client().head_bucket(Bucket=bucket).get("BucketRegion")
+    except botocore.exceptions.ClientError as error:
+        if error.response["ResponseMetadata"]["HTTPStatusCode"] != 403:
+            raise
+        found = error.response["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
+    return found or _client().meta.region_name
+
+
+def _denied(operation: str, uri: str, code: str) -> StorageError:
+    if code in _CREDENTIAL_CODES:
+        return StorageError(
+            f"cannot {operation} {uri}: the store refuses the credentials ({code}): "
+            "check AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or sign in again"
+        )
+    return AccessDeniedError(
+        f"cannot {operation} {uri}: access denied ({code}): give this identity the right to {operation} it"
+    )
+
+
+@contextlib.contextmanager
+def _errors(operation: str, uri: str) -> Iterator[None]:
+    """Turn botocore's errors into ours."""
+    try:
+        yield
+    except botocore.exceptions.ClientError as error:
+        code = error.response.get("Error", {}).get("Code", "")
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        if code in ("PreconditionFailed", "ConditionalRequestConflict") or status == 412:
+            raise PreconditionError from error
+        if code == "NoSuchBucket" or (code == "404" and not split(uri)[1]):
+            bucket = split(uri)[0]
+            raise StorageError(
+                f"cannot {operation} {uri}: there is no bucket {bucket!r}: check its name, AWS_REGION and AWS_ENDPOINT_URL"
+            ) from error
+        if code in ("NoSuchKey", "404"):
+            raise missing(operation, uri) from error
+        if code in _CREDENTIAL_CODES or status in (401, 403):
+            raise _denied(operation, uri, code) from error
+        raise StorageError(f"cannot {operation} {uri}: {first_line(error)}") from error
+    except botocore.exceptions.NoCredentialsError as error:
+        raise StorageError(
+            f"cannot {operation} {uri}: no AWS credentials found: set AWS_PROFILE, or AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or run where a role is attached"
+        ) from error
+    except botocore.exceptions.BotoCoreError as error:
+        raise StorageError(f"cannot {operation} {uri}: {first_line(error)}") from error

@@ -1,0 +1,86 @@
+"""`evaluate`: a bundle's probabilities for a split of a snapshot, its metrics, and a report to look at."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from pydantic import BaseModel, Field
+
+from dragonclf import storage
+from dragonclf.config import EvaluateConfig
+from dragonclf.data.snapshot import COLUMNS, open_snapshot, read_rows
+from dragonclf.engine import runs
+from dragonclf.evaluate.report import write_evaluation
+from dragonclf.model import bundle
+from dragonclf.verbs.score import score_rows
+
+
+class EvaluateSummary(BaseModel):
+    """What an evaluation came to."""
+
+    report: str = Field(description="URI of report.html.")
+    predictions: str = Field(description="URI of predictions.parquet.")
+    num_images: int = Field(description="Images that the metrics count: readable, with a label.")
+    accuracy: float
+    accuracy_interval: tuple[float, float] = Field(description="95 %, Wilson.")
+    auroc: float | None
+    log_loss: float
+    counts: dict[str, int] = Field(description="Rows of the split by status.")
+
+
+def evaluate(config: EvaluateConfig) -> EvaluateSummary:
+    """Score a split of a snapshot, compare with its labels, and write metrics, galleries and report.html under `config.out`.
+
+    ValueError if the snapshot has classes that the model does not know, or no labelled image in the split.
+    """
+    loaded = bundle.load_bundle(config.model)
+    snapshot = open_snapshot(config.data)
+    unknown = sorted(set(snapshot.info.classes) - set(loaded.info.classes))
+    if unknown:
+        raise ValueError(
+            f"the model at {loaded.uri} does not know class {unknown[0]!r}: it knows {', '.join(loaded.info.classes)}"
+        )
+    if config.split not in snapshot.info.splits:
+        raise ValueError(
+            f"snapshot {snapshot.info.id} has no split {config.split!r}: it has {', '.join(snapshot.info.splits)}"
+        )
+
+    def rows() -> Iterator[pa.Table]:
+        for table in read_rows(snapshot, splits=[config.split], usable_only=False):
+            yield table.select(
+                ["uri", "etag", "size", "label", *(name for name in table.column_names if name not in COLUMNS)]
+            )
+
+    input_id = {"snapshot": snapshot.info.id, "split": config.split}
+    summary = score_rows(config, loaded, verb="evaluate", input_id=input_id, rows=rows)
+    frame = _frame(summary.run, loaded.info.classes)
+    metrics = write_evaluation(
+        frame,
+        classes=loaded.info.classes,
+        out_uri=config.out,
+        title=f"{loaded.info.arch} on {storage.name(snapshot.info.source.removesuffix('/'))}",
+        facts={
+            "Model": f"{loaded.uri} (version {loaded.version})",
+            "Architecture": f"{loaded.info.arch}, weights from {loaded.info.pretrained}",
+            "Data": f"{snapshot.info.source}, snapshot {snapshot.info.id}",
+            "Split": config.split,
+            "Run by": summary.execution,
+        },
+        seed=config.seed,
+        per_gallery=config.per_gallery,
+    )
+    return EvaluateSummary(
+        report=storage.join(config.out, "report.html"), predictions=storage.join(config.out, "predictions.parquet"),
+        counts=summary.counts, **metrics.model_dump(include={"num_images", "accuracy", "accuracy_interval", "auroc", "log_loss"}),
+    )  # fmt: skip
+
+
+def _frame(run_uri: str, classes: list[str]) -> pd.DataFrame:
+    """All predictions of a run; a list column of probabilities becomes one column a class."""
+    frame = pa.concat_tables(runs.read_parts(run_uri)).to_pandas()
+    if "probs" in frame:
+        nothing = np.full(len(classes), np.nan)
+        probs = np.stack([nothing if value is None else value for value in frame.pop("probs")])
+        frame = pd.concat([frame, pd.DataFrame(probs, columns=[f"prob_{name}" for name in classes])], axis=1)
+    return frame

@@ -1,0 +1,63 @@
+"""`predict`: probabilities for a few images, at once and without Ray."""
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field
+
+from dragonclf import storage
+from dragonclf.config import PredictConfig
+from dragonclf.data import images
+from dragonclf.model import bundle
+from dragonclf.model.predictor import resolve_execution, softmax
+
+
+class Prediction(BaseModel):
+    """One image's row."""
+
+    uri: str
+    status: str = Field(description="ok, or why there is no prediction.")
+    error: str | None = None
+    label: str | None = None
+    confidence: float | None = None
+    probs: dict[str, float] = {}
+
+
+class PredictSummary(BaseModel):
+    """Predictions in the order asked for."""
+
+    model_version: str
+    predictions: list[Prediction]
+
+
+def predict(config: PredictConfig) -> PredictSummary:
+    """Return a prediction for each image, with a status for those that have none. ValueError or StorageError as for any bundle."""
+    loaded = bundle.load_bundle(config.model)
+    execution = resolve_execution(config.runtime, config.device, config.precision, has_gpu=torch.cuda.is_available())
+    batch_size = min(config.batch_size, len(config.images))
+    predictor = bundle.open_predictor(loaded, execution, batch_size=batch_size, num_threads=torch.get_num_threads())
+    rows = [Prediction(uri=uri, status="ok") for uri in map(storage.resolve, config.images)]
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        pixels = np.zeros((len(batch), 3, predictor.transform.size, predictor.transform.size), np.uint8)
+        for slot, row in enumerate(batch):
+            try:
+                pixels[slot] = predictor.transform.for_eval(_decode(row.uri, config)).numpy()
+            except images.ImageError as error:
+                row.status, row.error = error.status, error.reason
+        for row, probs in zip(batch, softmax(predictor(pixels)[0]), strict=True):
+            if row.status == "ok":
+                row.label, row.confidence = loaded.info.classes[int(probs.argmax())], float(probs.max())
+                row.probs = dict(zip(loaded.info.classes, probs.tolist(), strict=True))
+    return PredictSummary(model_version=loaded.version, predictions=rows)
+
+
+def _decode(uri: str, config: PredictConfig) -> torch.Tensor:
+    try:
+        data = storage.get(uri)
+    except storage.ObjectMissingError as error:
+        raise images.ImageError("missing", "there is no such object") from error
+    except storage.AccessDeniedError as error:
+        raise images.ImageError("denied", str(error)) from error
+    if len(data) > config.max_image_bytes:
+        raise images.ImageError("too_large", f"{len(data):,} bytes, over the limit of {config.max_image_bytes:,}")
+    return images.decode(data, max_pixels=config.max_pixels)

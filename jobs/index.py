@@ -1,0 +1,9 @@
+"""Make a snapshot of labelled images, on the cluster that this machine belongs to: see ``python jobs/index.py --help``.
+
+The last line printed is one JSON object.
+"""
+
+from dragonclf.cli import job
+
+if __name__ == "__main__":
+    job("index")
