@@ -10,6 +10,7 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -126,7 +127,7 @@ def _command(verb: Verb, *, as_job: bool) -> Callable[..., None]:
                 typer.echo(summary.model_dump_json())
             else:
                 _print(summary)
-            return int(any(row.status != "ok" for row in getattr(summary, "predictions", [])))
+            return getattr(summary, "exit_code", 0)
 
         raise typer.Exit(report_errors(action, debug=debug))
 
@@ -179,3 +180,29 @@ def _text(value: Any) -> str:
 
 for _verb in VERBS.values():
     app.command(_verb.name, help=_help(_verb))(_command(_verb, as_job=False))
+
+
+@app.command("demo")
+def _demo(
+    out: Annotated[Path, typer.Option(help="Folder for report, model and predictions.")] = Path("demo-run"),
+    limit: Annotated[int | None, typer.Option(min=50, help="Take only this many photographs. None: all 2,624.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Go the whole way on real photographs and a local S3 server: index, train, evaluate, score. Needs the extra `demo`.
+
+    Example: dragonclf demo --out demo-run
+    """
+    configure_logging(debug=debug)
+
+    def action() -> int:
+        from dragonclf.demo.story import demo
+
+        summary = demo(out, limit=limit)
+        if json_output:
+            typer.echo(summary.model_dump_json())
+        else:
+            _print(summary)
+        return 0
+
+    raise typer.Exit(report_errors(action, debug=debug))

@@ -33,7 +33,7 @@ class RayConfig(_Config):
     num_actors: int | None = Field(None, ge=1, description="Worker actors. None: as many as fit the cluster.")
     cpus_per_actor: int | None = Field(None, ge=1, description="CPUs of an actor. None: all of a node's, at most 8.")
     shard_images: int | None = Field(
-        None, ge=1, description="Images per shard. None: 2,000, growing to 20,000 with the bucket."
+        None, ge=1, description="Images per shard. None: 512, growing to 20,000 with the bucket."
     )
 
 

@@ -18,10 +18,11 @@ def parameters(config_type: type[BaseModel], *, defaults: dict[str, Any] | None 
 
 def explain(error: ValidationError) -> str:
     """A validation error in one line: each option, what is wrong, what was given."""
-    return "; ".join(
-        f"{_option(str(item['loc'][0])) if item['loc'] else 'options'}: {item['msg'].removeprefix('Value error, ')} (given: {item['input']!r})"
-        for item in error.errors()
-    )
+    lines = []
+    for item in error.errors():
+        option = _option(str(item["loc"][0])) if item["loc"] else "options"
+        lines.append(f"{option}: {item['msg'].removeprefix('Value error, ')} (given: {item['input']!r})")
+    return "; ".join(lines)
 
 
 def _parameter(name: str, field: FieldInfo, defaults: dict[str, Any]) -> inspect.Parameter:

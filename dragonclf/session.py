@@ -86,7 +86,7 @@ def _level(debug: bool) -> int:
 
 @contextlib.contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """Drop what Ray's C++ core writes to file descriptor 2 at its start (that it will log little); Python errors are raised, not printed."""
+    """Drop what Ray's C++ core writes to file descriptor 2 at its start (that it will log little). Python's errors are raised."""
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 2)
     try:

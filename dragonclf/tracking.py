@@ -1,6 +1,7 @@
 """MLflow: where runs and their metrics are looked up later. Embedded (SQLite) by default, a server by URI."""
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,6 +24,8 @@ def run(
     import mlflow  # half a second; only training needs it
     import mlflow.exceptions
 
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     known = storage.get_if_exists(storage.join(run_uri, RUN_ID))
     try:
@@ -41,7 +44,9 @@ def run(
     if not known:
         storage.put(storage.join(run_uri, RUN_ID), active.info.run_id.encode())
         mlflow.log_params(params)
+
+    def log_metrics(row: dict[str, float]) -> None:
+        mlflow.log_metrics({key: value for key, value in row.items() if key != "epoch"}, step=int(row["epoch"]))
+
     with active:
-        yield lambda row: mlflow.log_metrics(
-            {key: value for key, value in row.items() if key != "epoch"}, step=int(row["epoch"])
-        )
+        yield log_metrics

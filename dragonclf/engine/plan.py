@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field
 from dragonclf import storage
 from dragonclf.data import tables
 
-MIN_SHARD_IMAGES, MAX_SHARD_IMAGES = 2_000, 20_000
+MIN_SHARD_IMAGES, MAX_SHARD_IMAGES = 512, 20_000
 MAX_SHARD_BYTES = 4 * 2**30
 
 SHARDS = "shards.parquet"
@@ -60,7 +60,7 @@ def stage_plan(rows: Iterable[pa.Table], *, shard_images: int | None = None) -> 
     """Cut the rows into shards in their order, in constant memory.
 
     Each table has the columns ``uri`` (string), ``etag`` (string or null), ``size`` (int64 bytes or null), then any further ones, which
-    are carried into the result. A shard holds `shard_images` rows; None lets shards grow with the plan from 2,000 to 20,000 images, so
+    are carried into the result. A shard holds `shard_images` rows; None lets shards grow with the plan from 512 to 20,000 images, so
     that small inputs resume finely and large ones have few parts. A shard also ends once it holds 4 GiB.
     """
     folder = Path(tempfile.mkdtemp(prefix="dragonclf-plan-"))
@@ -114,7 +114,7 @@ def _cut(rows: Iterable[pa.Table], shard_images: int | None) -> Iterator[pa.Tabl
         if table is not None:
             waiting = table if waiting is None else pa.concat_tables([waiting, table])
         while waiting is not None and waiting.num_rows:
-            limit = shard_images or min(MAX_SHARD_IMAGES, max(MIN_SHARD_IMAGES, planned // 100))
+            limit = shard_images or min(MAX_SHARD_IMAGES, max(MIN_SHARD_IMAGES, planned // 20))
             num_bytes = np.cumsum(waiting["size"].slice(0, limit).fill_null(0).to_numpy())
             count = max(1, int(np.searchsorted(num_bytes, MAX_SHARD_BYTES, side="right")))
             is_full = count < waiting.num_rows or count == limit

@@ -41,7 +41,7 @@ class Features:
         features, targets = [], []
         for table in runs.read_parts(run_uri):
             _refuse_lost(table)
-            table = table.filter(pc.equal(table["split"], split))
+            table = table.filter(pc.field("split") == split)
             column = table["features"].combine_chunks()
             features.append(torch.from_numpy(column.flatten().to_numpy().reshape(len(column), -1).copy()))
             targets.append(_targets(table, classes))
@@ -96,11 +96,12 @@ class Images:
 
 
 def _targets(table: pa.Table, classes: list[str]) -> torch.Tensor:
-    return torch.from_numpy(pc.index_in(table["label"], pa.array(classes)).to_numpy().astype(np.int64))
+    index = {name: i for i, name in enumerate(classes)}
+    return torch.tensor([index[label] for label in table["label"].to_pylist()], dtype=torch.int64)
 
 
 def _refuse_lost(table: pa.Table) -> None:
-    lost = table.filter(pc.not_equal(table["status"], "ok"))
+    lost = table.filter(pc.field("status") != "ok")
     if lost.num_rows:
         raise _lost(lost["uri"][0].as_py(), lost["error"][0].as_py())
 

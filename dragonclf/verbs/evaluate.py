@@ -9,11 +9,11 @@ from pydantic import BaseModel, Field
 
 from dragonclf import storage
 from dragonclf.config import EvaluateConfig
-from dragonclf.data.snapshot import COLUMNS, open_snapshot, read_rows
+from dragonclf.data.snapshot import COLUMNS, Snapshot, open_snapshot, read_rows
 from dragonclf.engine import runs
 from dragonclf.evaluate.report import write_evaluation
 from dragonclf.model import bundle
-from dragonclf.verbs.score import score_rows
+from dragonclf.verbs.score import ScoreSummary, score_rows
 
 
 class EvaluateSummary(BaseModel):
@@ -34,27 +34,8 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
 
     ValueError if the snapshot has classes that the model does not know, or no labelled image in the split.
     """
-    loaded = bundle.load_bundle(config.model)
-    snapshot = open_snapshot(config.data)
-    unknown = sorted(set(snapshot.info.classes) - set(loaded.info.classes))
-    if unknown:
-        raise ValueError(
-            f"the model at {loaded.uri} does not know class {unknown[0]!r}: it knows {', '.join(loaded.info.classes)}"
-        )
-    if config.split not in snapshot.info.splits:
-        raise ValueError(
-            f"snapshot {snapshot.info.id} has no split {config.split!r}: it has {', '.join(snapshot.info.splits)}"
-        )
-
-    def rows() -> Iterator[pa.Table]:
-        for table in read_rows(snapshot, splits=[config.split], usable_only=False):
-            yield table.select(
-                ["uri", "etag", "size", "label", *(name for name in table.column_names if name not in COLUMNS)]
-            )
-
-    input_id = {"snapshot": snapshot.info.id, "split": config.split}
-    summary = score_rows(config, loaded, verb="evaluate", input_id=input_id, rows=rows)
-    frame = _frame(summary.run, loaded.info.classes)
+    loaded, snapshot = bundle.load_bundle(config.model), open_snapshot(config.data)
+    summary, frame = predict_split(config, loaded, snapshot)
     metrics = write_evaluation(
         frame,
         classes=loaded.info.classes,
@@ -74,6 +55,30 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
         report=storage.join(config.out, "report.html"), predictions=storage.join(config.out, "predictions.parquet"),
         counts=summary.counts, **metrics.model_dump(include={"num_images", "accuracy", "accuracy_interval", "auroc", "log_loss"}),
     )  # fmt: skip
+
+
+def predict_split(
+    config: EvaluateConfig, loaded: bundle.Bundle, snapshot: Snapshot
+) -> tuple[ScoreSummary, pd.DataFrame]:
+    """Score one split under `config.out`. The frame has the columns of scoring, with the true class as ``input_label``."""
+    unknown = sorted(set(snapshot.info.classes) - set(loaded.info.classes))
+    if unknown:
+        raise ValueError(
+            f"the model at {loaded.uri} does not know class {unknown[0]!r}: it knows {', '.join(loaded.info.classes)}"
+        )
+    if config.split not in snapshot.info.splits:
+        raise ValueError(
+            f"snapshot {snapshot.info.id} has no split {config.split!r}: it has {', '.join(snapshot.info.splits)}"
+        )
+
+    def rows() -> Iterator[pa.Table]:
+        for table in read_rows(snapshot, splits=[config.split], usable_only=False):
+            own = [name for name in table.column_names if name not in COLUMNS]
+            yield table.select(["uri", "etag", "size", "label", *own])
+
+    input_id = {"snapshot": snapshot.info.id, "split": config.split}
+    summary = score_rows(config, loaded, verb="evaluate", input_id=input_id, rows=rows)
+    return summary, _frame(summary.run, loaded.info.classes)
 
 
 def _frame(run_uri: str, classes: list[str]) -> pd.DataFrame:

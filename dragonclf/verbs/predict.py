@@ -28,6 +28,11 @@ class PredictSummary(BaseModel):
     model_version: str
     predictions: list[Prediction]
 
+    @property
+    def exit_code(self) -> int:
+        """1 if an image has no prediction."""
+        return int(any(row.status != "ok" for row in self.predictions))
+
 
 def predict(config: PredictConfig) -> PredictSummary:
     """Return a prediction for each image, with a status for those that have none. ValueError or StorageError as for any bundle."""
