@@ -16,6 +16,18 @@ def parameters(config_type: type[BaseModel], *, defaults: dict[str, Any] | None 
     return [_parameter(name, fields[name], given) for name in ordered]
 
 
+def arguments(config: BaseModel) -> list[str]:
+    """The command-line arguments that give this config: positional ones, then those that are not the default."""
+    fields = type(config).model_fields
+    chosen = [name for name in fields if getattr(config, name) != fields[name].default]
+    found = [str(getattr(config, name)) for name in chosen if _is_positional(fields[name])]
+    for name in chosen:
+        value = getattr(config, name)
+        if not _is_positional(fields[name]):
+            found += [_option(name)] if value is True else [_option(f"no_{name}")] if value is False else [_option(name), str(value)]
+    return found
+
+
 def explain(error: ValidationError) -> str:
     """A validation error in one line: each option, what is wrong, what was given."""
     lines = []

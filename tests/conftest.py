@@ -24,21 +24,16 @@ def s3_server() -> Iterator[LocalS3]:
 @pytest.fixture
 def s3_env(s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalS3]:
     """This process talks to the server as its administrator."""
-    use_identity(s3_server.environment, monkeypatch)
+    use_identity(s3_server.environment("admin"), monkeypatch)
     yield s3_server
-    _forget_clients()
+    s3.forget_clients()
 
 
 def use_identity(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Make storage use other AWS_* variables from here on."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    _forget_clients()
-
-
-def _forget_clients() -> None:
-    s3._client.cache_clear()
-    s3._obstore.cache_clear()
+    s3.forget_clients()
 
 
 def encoded(
@@ -57,6 +52,6 @@ def write_folder(root: Path, *, per_class: int = 12, classes: tuple[str, ...] = 
     for number, name in enumerate(classes):
         (root / name).mkdir(parents=True, exist_ok=True)
         for i in range(per_class):
-            colour = tuple(int(c) for c in np.random.default_rng(number).integers(40, 220, 3))
-            (root / name / f"{i:03d}.jpg").write_bytes(encoded(colour=colour, seed=1000 * number + i))
+            red, green, blue = (int(c) for c in np.random.default_rng(number).integers(40, 220, 3))
+            (root / name / f"{i:03d}.jpg").write_bytes(encoded(colour=(red, green, blue), seed=1000 * number + i))
     return root

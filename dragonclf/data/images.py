@@ -1,11 +1,12 @@
 """Decode any image to RGB uint8, safely: one function, `decode`, and one error, `ImageError`.
 
-The header is read first (Pillow opens lazily), so that size limits hold before a pixel is decoded. Plain JPEG, PNG and WebP then go
-through torchvision.io, at about twice Pillow's speed; everything else (CMYK, palettes, alpha, 16 bit, animations, GIF, TIFF,
+The header is read first (Pillow opens lazily), so that size limits hold before a pixel is decoded. Plain JPEG and WebP then go
+through torchvision.io, at about twice Pillow's speed; everything else (CMYK, palettes, alpha, 16 bit, animations, PNG, GIF, TIFF,
 BMP, ...) through Pillow. Both ways end in the same convention: EXIF orientation applied, transparency on white, first frame.
 """
 
 import io
+import re
 
 import numpy as np
 import torch
@@ -19,7 +20,15 @@ DECODE_VERSION = 1  # part of the transform digest: raise it when the pixels tha
 # The operators behind torchvision.io's functions, which warn that they will move to another package: a warning for each image, and no
 # way to silence it that is safe in threads.
 _RGB = torchvision.io.ImageReadMode.RGB.value
-_FAST = {"JPEG": torch.ops.image.decode_jpeg, "PNG": torch.ops.image.decode_png, "WEBP": torch.ops.image.decode_webp}
+# Formats that a signature tells: none that needs another program (EPS), takes any bytes for its own (TGA), or holds an image of another
+# size than its header says (ICO).
+_FORMATS = (
+    "AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI", "TIFF", "WEBP",
+)  # fmt: skip
+_COMMON_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
+Image.init()  # all plugins, now: when threads make Pillow load them late, one thread can miss those that another is loading
+# Without PNG: one wrong byte in its data makes torchvision 0.29's decoder end the process (SIGSEGV), for 5 to 15 % of speed.
+_FAST = {"JPEG": torch.ops.image.decode_jpeg, "WEBP": torch.ops.image.decode_webp}
 
 
 class ImageError(Exception):
@@ -40,19 +49,21 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
         raise ImageError("unreadable", "the file is empty")
     try:
         Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns or raises; ours is next
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
         width, height = image.size
         if width * height > max_pixels:
             raise ImageError("too_many_pixels", f"{width} x {height} pixels, over the limit of {max_pixels:,}")
         pixels = _pixels(image, data)
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if _has_exif(image) else 1
-        return _upright(pixels, orientation)
+        return _upright(pixels, _orientation(image))
     except ImageError:
         raise
     except UnidentifiedImageError as error:
+        if data.startswith(_COMMON_SIGNATURES):
+            raise ImageError("unreadable", "cannot be decoded: its header is damaged") from error
         raise ImageError("unsupported", "not an image in a known format") from error
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = re.sub(r"^.*\.cpp:\d+, ", "", reason)  # where in torchvision's source it was raised
         raise ImageError("unreadable", f"cannot be decoded: {reason}") from error
 
 
@@ -70,16 +81,22 @@ def _pixels(image: Image.Image, data: bytes) -> torch.Tensor:
 
 
 def _to_eight_bit(grey: np.ndarray) -> np.ndarray:
-    """Scale (H, W) integers of 16 bits to 8 by the type's range, floats in 0..1 by 255; wider integers by their own maximum."""
-    if grey.dtype.kind == "f":
-        scale = 255.0 if grey.max(initial=0) <= 1 else 255.0 / grey.max()
-    else:
-        scale = 255.0 / (65535 if grey.max(initial=0) <= 65535 else grey.max())
-    return (np.nan_to_num(grey.astype(np.float64)) * scale).clip(0, 255).round().astype(np.uint8)
+    """Scale (H, W) integers of 16 bits to 8 by the type's range, floats in 0..1 by 255; others by their own maximum. NaN is black."""
+    values = grey.astype(np.float64)
+    most = float(values.max(initial=0, where=np.isfinite(values)))
+    full = (1.0 if most <= 1 else most) if grey.dtype.kind == "f" else (65535.0 if most <= 65535 else most)
+    return (np.nan_to_num(values, posinf=full, neginf=0.0) * (255.0 / full)).clip(0, 255).round().astype(np.uint8)
 
 
-def _has_exif(image: Image.Image) -> bool:
-    return "exif" in image.info or "Raw profile type exif" in image.info or image.format in ("TIFF", "MPO")
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 where there is none or the EXIF block is damaged: the pixels are whole all the same."""
+    if not ("exif" in image.info or "Raw profile type exif" in image.info or image.format in ("TIFF", "MPO")):
+        return 1
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # noqa: BLE001  Pillow raises whatever it stumbled over
+        return 1
+    return found if isinstance(found, int) else 1
 
 
 def _upright(pixels: torch.Tensor, orientation: int) -> torch.Tensor:

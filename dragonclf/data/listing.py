@@ -13,6 +13,7 @@ import pyarrow as pa
 from dragonclf import storage
 
 BATCH_ROWS = 10_000
+TEXT_COLUMNS = ("uri", "etag", "label", "split", "group")  # names, whatever they look like: label 01 is not 1
 SCHEMA = pa.schema([("uri", pa.string()), ("etag", pa.string()), ("size", pa.int64())])
 
 
@@ -21,7 +22,8 @@ def list_rows(source: str) -> Iterator[pa.Table]:
     tables = read_manifest(source) if is_manifest(source) else list_prefix(source)
     first = next(tables, None)
     if first is None:
-        raise ValueError(f"there is no object under {source}: check the prefix")
+        what = f"the manifest {source} has no row" if is_manifest(source) else f"there is no object under {source}"
+        raise ValueError(f"{what}: check the name")
     yield first
     yield from tables
 
@@ -46,29 +48,36 @@ def list_prefix(source: str) -> Iterator[pa.Table]:
 def read_manifest(source: str) -> Iterator[pa.Table]:
     """Yield a manifest's rows sorted by uri; relative ones are relative to the manifest. Larger than memory is fine.
 
-    Raises ValueError for a missing ``uri`` column, an empty uri, or one that stands twice.
+    A CSV has commas, double quotes and a header. Raises ValueError for a missing ``uri`` column, an empty uri, one of another scheme, or
+    one that stands twice.
     """
     with tempfile.TemporaryDirectory(prefix="dragonclf-manifest-") as folder:
-        path = Path(folder) / storage.name(source)
+        suffix = next(end for end in (".csv", ".csv.gz", ".parquet") if source.lower().endswith(end))
+        path = Path(folder) / f"manifest{suffix}"
         path.write_bytes(storage.get(source))
         with duckdb.connect(str(Path(folder) / "sort.db")) as db:
-            yield from _sorted_rows(db, source, path)
+            try:
+                yield from _sorted_rows(db, source, path)
+            except duckdb.Error as error:
+                reason = " ".join(str(error).split())[:300]
+                raise ValueError(f"cannot read the manifest {source}: {reason}") from error
 
 
 def _sorted_rows(db: duckdb.DuckDBPyConnection, source: str, path: Path) -> Iterator[pa.Table]:
-    reader = "read_parquet" if path.suffix == ".parquet" else "read_csv"
-    try:
-        db.execute(f"CREATE TABLE given AS SELECT * FROM {reader}(?)", [str(path)])  # noqa: S608  one of two constants
-    except duckdb.Error as error:
-        raise ValueError(f"cannot read the manifest {source}: {str(error).splitlines()[0]}") from error
+    _load(db, source, path)
     names = [row[0] for row in db.execute("DESCRIBE given").fetchall()]
-    if "uri" not in names:
-        raise ValueError(f"the manifest {source} has no column 'uri': it has {', '.join(names)}")
     base = source.rpartition("/")[0]
-    db.execute("UPDATE given SET uri = ? || uri WHERE NOT (uri LIKE 's3://%' OR uri LIKE '/%')", [f"{base}/"])
-    [(empty,)] = db.execute("SELECT count(*) FROM given WHERE uri IS NULL OR uri = ?", [f"{base}/"]).fetchall()
+    [(empty,)] = db.execute("SELECT count(*) FROM given WHERE uri IS NULL OR trim(uri) = ''").fetchall()
     if empty:
         raise ValueError(f"the manifest {source} has {empty} rows without a uri: every row names an image")
+    db.execute("UPDATE given SET uri = substr(uri, 8) WHERE uri LIKE 'file:///%'")
+    other = db.execute(
+        "SELECT uri FROM given WHERE regexp_matches(uri, '^[A-Za-z][A-Za-z0-9+.-]*://') "
+        "AND NOT regexp_matches(uri, '^s3://[^/]+/.', 's') ORDER BY uri LIMIT 1"
+    ).fetchall()
+    if other:
+        raise ValueError(f"the manifest {source} names {other[0][0]!r}: use local paths or s3://BUCKET/KEY")
+    db.execute("UPDATE given SET uri = ? || uri WHERE NOT (uri LIKE 's3://%' OR uri LIKE '/%')", [f"{base}/"])
     twice = db.execute(
         "SELECT uri, count(*) FROM given GROUP BY uri HAVING count(*) > 1 ORDER BY uri LIMIT 1"
     ).fetchall()
@@ -84,6 +93,25 @@ def _sorted_rows(db: duckdb.DuckDBPyConnection, source: str, path: Path) -> Iter
     for batch in db.sql(f"SELECT {columns} FROM given ORDER BY uri").to_arrow_reader(BATCH_ROWS):  # noqa: S608  quoted names
         if batch.num_rows:
             yield pa.Table.from_batches([batch])
+
+
+def _load(db: duckdb.DuckDBPyConnection, source: str, path: Path) -> None:
+    """Make the table `given` of the manifest. Nothing about a CSV but the further columns' types is guessed: a guess can drop rows."""
+    csv = "header = true, delim = ',', quote = '\"', escape = '\"', comment = '', skip = 0, sample_size = -1"
+    reader = "read_parquet(?)" if path.suffix == ".parquet" else f"read_csv(?, {csv}, types = {{types}})"
+    described = db.execute(f"DESCRIBE SELECT * FROM {reader.format(types='{}')}", [str(path)]).fetchall()  # noqa: S608
+    names = [row[0] for row in described]
+    if "uri" not in names:
+        raise ValueError(f"the manifest {source} has no column 'uri': it has {', '.join(names)}")
+    for name in names:
+        if name not in (*TEXT_COLUMNS, "size") and name.lower() in (*TEXT_COLUMNS, "size"):
+            raise ValueError(
+                f"the manifest {source} has a column {name!r}: write {name.lower()!r}, or name it otherwise"
+            )
+    text = [name for name in TEXT_COLUMNS if name in names]
+    types = "{" + ", ".join(f"'{name}': 'VARCHAR'" for name in text) + "}"
+    columns = ", ".join(f'CAST("{name}" AS VARCHAR) AS "{name}"' for name in text)
+    db.execute(f"CREATE TABLE given AS SELECT * REPLACE ({columns}) FROM {reader.format(types=types)}", [str(path)])  # noqa: S608
 
 
 def _table(rows: list[tuple[str, str, int]]) -> pa.Table:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import duckdb
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import BaseModel, Field
 
 from dragonclf import storage
@@ -71,7 +70,7 @@ def write_snapshot(
             db.unregister("batch")
         db.execute(
             """UPDATE image SET split =
-                 CASE WHEN ('0x' || left(sha256(? || ':' || coalesce("group", sha256, uri)), 8))::BIGINT / 4294967296.0 < ?
+                 CASE WHEN ('0x' || left(sha256(? || ':' || coalesce(nullif("group", ''), sha256, uri)), 8))::BIGINT / 4294967296.0 < ?
                       THEN 'valid' ELSE 'train' END
                WHERE split IS NULL""",
             [str(seed), valid_fraction],
@@ -109,11 +108,15 @@ def read_rows(
     snapshot: Snapshot, *, splits: Iterable[str], columns: list[str] | None = None, usable_only: bool = True
 ) -> Iterator[pa.Table]:
     """Yield the labelled rows of some splits in the snapshot's order, by default those of readable images only."""
-    wanted = pa.array(list(splits))
+    wanted = set(splits)
     for index in range(snapshot.info.num_files):
         table = tables.read(storage.join(snapshot.uri, f"images-{index:05d}.parquet"))
-        keep = pc.and_(pc.is_in(table["split"], wanted), pc.is_valid(table["label"]))
-        table = table.filter(pc.and_(keep, pc.equal(table["status"], "ok")) if usable_only else keep)
+        cells = zip(*(table[name].to_pylist() for name in ("split", "label", "status")), strict=True)
+        keep = [
+            split in wanted and label is not None and (status == "ok" or not usable_only)
+            for split, label, status in cells
+        ]
+        table = table.filter(pa.array(keep, pa.bool_()))
         yield table.select(columns) if columns else table
 
 
@@ -143,10 +146,10 @@ def _check_classes(source: str, classes: list[str], splits: dict[str, dict[str, 
 
 
 def _write(out_uri: str, db: duckdb.DuckDBPyConnection, folder: Path, facts: dict) -> Snapshot:
-    digest = hashlib.sha256()
     files: list[Path] = []
     order = ", ".join(f'"{name}"' for name in COLUMNS)
     reader = db.sql(f"SELECT {order}, * EXCLUDE ({order}) FROM image ORDER BY uri").to_arrow_reader(BATCH_ROWS)  # noqa: S608
+    digest = hashlib.sha256(repr(reader.schema.names).encode())
     while batches := list(itertools.islice(reader, FILE_BATCHES)):
         table = pa.Table.from_batches(batches)
         for row in zip(*(column.to_pylist() for column in table.columns), strict=True):

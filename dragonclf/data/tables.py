@@ -25,22 +25,25 @@ def read(uri: str, *, columns: list[str] | None = None) -> pa.Table:
     """Read one Parquet file. ValueError if it is not one."""
     try:
         return pq.read_table(io.BytesIO(storage.get(uri)), columns=columns)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:  # OSError: damaged pages
         raise ValueError(f"{uri} is not a Parquet file that can be read: {error}") from error
 
 
 def read_footer(uri: str) -> tuple[int, dict[str, str]]:
-    """Return (number of rows, metadata) of a Parquet file, reading its last bytes only. ValueError if it was cut short."""
+    """Return (number of rows, metadata) of a Parquet file, reading its last bytes only. ValueError if it is not whole."""
     size = FOOTER_BYTES
     while True:
         tail = storage.get(uri, last_bytes=size)
         wanted = int.from_bytes(tail[-8:-4], "little") + 8
         if tail[-4:] != b"PAR1" or (wanted > len(tail) and len(tail) < size):
-            raise ValueError(f"{uri} is not a whole Parquet file")
+            raise ValueError(f"{uri} is not a whole Parquet file: delete it and run the command again")
         if wanted <= len(tail):
             break
         size = wanted
-    footer = pq.read_metadata(io.BytesIO(tail))
+    try:
+        footer = pq.read_metadata(io.BytesIO(tail))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{uri} is not a whole Parquet file: delete it and run the command again") from error
     metadata: dict[bytes, bytes] = footer.metadata or {}
     return footer.num_rows, {
         key.decode(): value.decode() for key, value in metadata.items() if not key.startswith(b"ARROW:")

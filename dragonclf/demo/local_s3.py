@@ -1,5 +1,6 @@
 """A real S3 server on loopback for demos and tests: SeaweedFS, one process, with credentials of its own."""
 
+import contextlib
 import ctypes
 import json
 import os
@@ -12,11 +13,14 @@ import sys
 import tempfile
 import time
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
 import botocore.exceptions
 from botocore.config import Config
+
+from dragonclf.storage import s3
 
 START_TIMEOUT_S = 30
 HIGHEST_PORT = 55_000  # SeaweedFS also takes each port + 10,000
@@ -26,8 +30,7 @@ PR_SET_PDEATHSIG = 1
 class LocalS3:
     """A running SeaweedFS. Use it as a context manager: leaving it stops the server and deletes its data.
 
-    The server dies with the process that started it, however that ends. `environment` holds the AWS_* variables of its administrator;
-    `reader` those of an identity that may only read and list.
+    The server dies with the process that started it, however that ends.
     """
 
     def __init__(self, *, folder: Path | None = None):
@@ -41,21 +44,6 @@ class LocalS3:
     @property
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self._ports[0]}"
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """Variables that make boto3, and so dragonclf, use this server with all rights."""
-        return self._environment("admin")
-
-    @property
-    def reader(self) -> dict[str, str]:
-        """As `environment`, with the rights to read and list only."""
-        return self._environment("reader")
-
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
 
     def __enter__(self) -> "LocalS3":
         try:
@@ -84,12 +72,12 @@ class LocalS3:
         identities.write_text(
             json.dumps({"identities": [self._identity("admin", ["Admin"]), self._identity("reader", ["Read", "List"])]})
         )
-        s3, master, volume, filer, admin = self._ports
+        port, master, volume, filer, admin = self._ports
         with (self.folder / "server.log").open("ab") as output:
             self._process = subprocess.Popen(
                 [
                     command, "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-admin.ui=false",
-                    "-webdav=false", f"-s3.config={identities}", f"-s3.port={s3}", "-s3.port.iceberg=0", "-s3.port.lance=0",
+                    "-webdav=false", f"-s3.config={identities}", f"-s3.port={port}", "-s3.port.iceberg=0", "-s3.port.lance=0",
                     f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-admin.port={admin}",
                 ],
                 stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent,
@@ -97,15 +85,34 @@ class LocalS3:
         self._wait()
 
     def stop(self) -> None:
-        """Stop the server and wait for its end."""
+        """Stop the server and wait for its end: at once if its data goes with it, else when it has written all."""
         if self._process is None:
             return
+        if self._own_folder:
+            self._process.kill()
         self._process.terminate()
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    @contextlib.contextmanager
+    def as_environment(self, identity: str = "admin") -> Iterator[None]:
+        """Make this process, and those it starts, use this server: as ``admin``, or as ``reader`` who may only read and list."""
+        ours = self.environment(identity)
+        before = {name: os.environ.get(name) for name in ours}
+        os.environ.update(ours)
+        s3.forget_clients()
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+            s3.forget_clients()
 
     def create_bucket(self, name: str) -> None:
         self._client().create_bucket(Bucket=name)
@@ -138,7 +145,8 @@ class LocalS3:
         key, secret = self._keys[name]
         return {"name": name, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
 
-    def _environment(self, name: str) -> dict[str, str]:
+    def environment(self, name: str) -> dict[str, str]:
+        """The AWS_* variables of an identity, ``admin`` or ``reader``."""
         key, secret = self._keys[name]
         return {
             "AWS_ACCESS_KEY_ID": key,

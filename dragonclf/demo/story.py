@@ -6,28 +6,32 @@ own glow, judged by experts): functional or defective.
 
 import concurrent.futures
 import importlib.util
-import json
-import os
 import shlex
-import signal
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pandas as pd
 import pyarrow as pa
 from pydantic import BaseModel, Field
-from rich.console import Console
-from rich.table import Table
 
-from dragonclf import storage
+from dragonclf import options, session, storage
+from dragonclf.config import EvaluateConfig, IndexConfig, ScoreConfig, TrainConfig
 from dragonclf.demo.local_s3 import LocalS3
 from dragonclf.engine import runs
+from dragonclf.verbs.evaluate import evaluate
+from dragonclf.verbs.index import index
+from dragonclf.verbs.score import score
+from dragonclf.verbs.train import train
 
 DATA, WORK = "s3://photos/elpv", "s3://work"
 DEFECTIVE_FROM = 0.5  # the experts' probability of a defect from which a cell counts as defective
 NUM_UNCERTAIN = 8
+
+C = TypeVar("C", bound=BaseModel)
+S = TypeVar("S")
 
 
 class DemoSummary(BaseModel):
@@ -47,40 +51,51 @@ class DemoSummary(BaseModel):
 def demo(out: Path, *, limit: int | None = None) -> DemoSummary:
     """Run the demo and leave report, model and predictions in the folder `out`. `limit` takes only that many photographs.
 
-    StorageError naming the step that failed; no process outlives this call.
+    Raises what the verbs raise; no process outlives this call.
     """
     started = time.monotonic()
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
     photos = _photographs()[: limit or None]
+    out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    with LocalS3() as server:
-        os.environ.update(server.environment)
-        console.print(
-            f"A local S3 server (SeaweedFS) answers at {server.endpoint}, on loopback, with random credentials."
-        )
+    with LocalS3() as server, server.as_environment(), session.connect(session.LOCAL):
+        _say(f"A local S3 server (SeaweedFS) answers at {server.endpoint}, on loopback, with random credentials.")
         for bucket in ("photos", "work"):
             server.create_bucket(bucket)
         _upload(photos)
-        console.print(
-            f"{len(photos):,} photographs of solar cells uploaded as {DATA}/functional/ and {DATA}/defective/.\n"
-        )
-        _run(console, "index", DATA, "--out", f"{WORK}/elpv")
-        trained = _run(
-            console, "train", f"{WORK}/elpv", "--out", f"{WORK}/models", "--precompute", "--epochs", "3", "--lr", "0.01",
-            "--num-workers", "2", "--synthetic-canaries", "--mlflow-uri", f"sqlite:///{out.resolve()}/mlflow.db",
+        _say(f"{len(photos):,} photographs of solar cells uploaded as {DATA}/functional/ and {DATA}/defective/.")
+        _step("index", index, IndexConfig(source=DATA, out=f"{WORK}/elpv"))
+        trained = _step(
+            "train",
+            train,
+            TrainConfig(
+                data=f"{WORK}/elpv", out=f"{WORK}/models", precompute=True, epochs=3, lr=0.01, num_workers=2, synthetic_canaries=True,
+                mlflow_uri=f"sqlite:///{out}/mlflow.db",
+            ),
         )  # fmt: skip
-        evaluated = _run(console, "evaluate", trained["model"], f"{WORK}/elpv", "--out", str(out / "evaluation"))
-        scored = _run(console, "score", trained["model"], DATA, "--out", f"{WORK}/scores")
-        frame = pa.concat_tables(runs.read_parts(scored["run"])).to_pandas()
-        _download(trained["model"], out / "model")
-        _download(scored["parts"], out / "scores")
-    lost = len({uri for uri, _, _ in photos} - set(frame["uri"]))
-    console.print(_uncertain(frame, {uri: chance for uri, _, chance in photos}))
+        evaluated = _step(
+            "evaluate", evaluate, EvaluateConfig(model=trained.model, data=f"{WORK}/elpv", out=str(out / "evaluation"))
+        )  # fmt: skip
+        scored = _step("score", score, ScoreConfig(model=trained.model, source=DATA, out=f"{WORK}/scores"))
+        frame = pa.concat_tables(runs.read_parts(scored.run)).to_pandas()
+        _download(trained.model, out / "model")
+        _download(scored.parts, out / "scores")
+    assert scored.images_per_s is not None
+    _show_uncertain(frame, {uri: chance for uri, _, chance in photos})
     return DemoSummary(
-        accuracy=evaluated["accuracy"], num_scored=len(frame), num_lost=lost, counts=scored["counts"],
-        images_per_s=scored["images_per_s"], seconds=time.monotonic() - started,
-        report=evaluated["report"], model=str(out / "model"), predictions=str(out / "scores"),
+        accuracy=evaluated.accuracy, num_scored=len(frame), num_lost=len({uri for uri, _, _ in photos} - set(frame["uri"])),
+        counts=scored.counts, images_per_s=scored.images_per_s, seconds=time.monotonic() - started,
+        report=evaluated.report, model=str(out / "model"), predictions=str(out / "scores"),
     )  # fmt: skip
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _step(verb: str, function: Callable[[C], S], config: C) -> S:
+    """Do a verb, and say the command that would do the same."""
+    _say(f"\n$ dragonclf {verb} {shlex.join(options.arguments(config))}")
+    return function(config)
 
 
 def _photographs() -> list[tuple[str, Path, float]]:
@@ -102,42 +117,6 @@ def _upload(photos: list[tuple[str, Path, float]]) -> None:
         list(pool.map(lambda photo: storage.put(photo[0], photo[1].read_bytes()), photos))
 
 
-def _run(console: Console, verb: str, *arguments: str) -> dict:
-    """Run one command as a user would and return its result. Its process group is gone when this returns, however it returns."""
-    console.print(f"[bold]$ dragonclf {shlex.join([verb, *arguments])}[/bold]", markup=True)
-    command = [sys.executable, "-m", "dragonclf", verb, *arguments, "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        output, _ = process.communicate()
-    finally:
-        _end_group(process)
-    if process.returncode:
-        raise storage.StorageError(
-            f"the demo failed at `dragonclf {verb}` (exit code {process.returncode}): see its message above"
-        )
-    console.print()
-    return json.loads(output.splitlines()[-1])
-
-
-def _end_group(process: subprocess.Popen[str]) -> None:
-    """Ask the command to stop as Ctrl-C would, then make sure of it and of all that it started."""
-    if process.poll() is None:
-        _signal_group(process.pid, signal.SIGINT)
-        try:
-            process.wait(timeout=15)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    _signal_group(process.pid, signal.SIGKILL)
-
-
-def _signal_group(group: int, number: int) -> None:
-    try:
-        os.killpg(group, number)
-    except ProcessLookupError:
-        return
-
-
 def _download(prefix: str, folder: Path) -> None:
     for found in storage.list_objects(prefix):
         target = folder / found.uri.removeprefix(f"{prefix}/")
@@ -145,12 +124,10 @@ def _download(prefix: str, folder: Path) -> None:
         target.write_bytes(storage.get(found.uri))
 
 
-def _uncertain(frame: pd.DataFrame, experts: dict[str, float]) -> Table:
+def _show_uncertain(frame: pd.DataFrame, experts: dict[str, float]) -> None:
     """The photographs nearest to 0.5, beside what the experts said."""
     rows = frame.loc[(frame["prob_defective"] - 0.5).abs().sort_values().index[:NUM_UNCERTAIN]]
-    table = Table(
-        "photograph", "model: defective", "experts: defective", title="Most uncertain", title_justify="left", box=None
-    )
+    _say("\nMost uncertain    model: defective    experts: defective")
     for uri, chance in zip(rows["uri"], rows["prob_defective"], strict=True):
-        table.add_row(storage.name(uri), f"{chance:.3f}", f"{experts[uri]:.2f}")
-    return table
+        _say(f"{storage.name(uri):<16}  {chance:16.3f}  {experts[uri]:20.2f}")
+    _say("")

@@ -88,7 +88,10 @@ class Pipeline:
 
     def process(self, planned: pa.Table) -> pa.Table:
         """Return the result rows of one shard. StorageError if the store fails in a way that is not about one image."""
-        return asyncio.run_coroutine_threadsafe(self._process(planned), self._loop).result()
+        try:
+            return asyncio.run_coroutine_threadsafe(self._process(planned), self._loop).result()
+        except BaseExceptionGroup as group:
+            raise _first(group) from group
 
     async def _process(self, planned: pa.Table) -> pa.Table:
         uris, sizes = planned["uri"].to_pylist(), planned["size"].to_pylist()
@@ -96,14 +99,13 @@ class Pipeline:
         step = self._worker.batch_size
         async with asyncio.TaskGroup() as tasks:
             for start in range(0, len(uris), step):
-                await self._batches.acquire()
                 batch = range(start, min(start + step, len(uris)))
                 tasks.create_task(self._batch(batch, uris, sizes, result))
         return self._worker.table(planned, result)
 
     async def _batch(self, batch: range, uris: list[str], sizes: list[int | None], result: ShardResult) -> None:
         """Every image has its own slot in the batch, so what a batch holds depends on the plan alone, not on who came first."""
-        try:
+        async with self._batches:
             shape = self._worker.pixels_shape
             pixels = None if shape is None else np.zeros((self._worker.batch_size, *shape), np.uint8)
             async with asyncio.TaskGroup() as tasks:
@@ -117,8 +119,6 @@ class Pipeline:
                 if name not in result.outputs:
                     result.outputs[name] = np.zeros((len(uris), *column.shape[1:]), column.dtype)
                 result.outputs[name][batch.start : batch.stop] = column[: len(batch)]
-        finally:
-            self._batches.release()
 
     async def _image(
         self, row: int, uri: str, size: int | None, result: ShardResult, target: np.ndarray | None
@@ -144,6 +144,13 @@ class Pipeline:
         if target is not None:
             target[:] = pixels
         return values
+
+
+def _first(group: BaseExceptionGroup) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 class _Budget:

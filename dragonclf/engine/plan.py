@@ -28,9 +28,10 @@ SUMMARY = "plan.json"
 
 
 class PlanSummary(BaseModel):
-    """``plan.json``, written last and never replaced: it chooses the plan, whose files lie under their digest."""
+    """``plan.json``, written last and never replaced: it chooses the plan, whose files lie in a folder of its own."""
 
-    digest: str = Field(description="SHA-256 over every row of the plan.")
+    digest: str = Field(description="SHA-256 over column names and every row of the plan, however it is cut.")
+    folder: str = Field(description="Name of the folder with its files: a hash of the rows and of where they are cut.")
     num_images: int
     num_bytes: int = Field(description="Sum of the sizes that the listing gave.")
     num_shards: int
@@ -68,6 +69,8 @@ def stage_plan(rows: Iterable[pa.Table], *, shard_images: int | None = None) -> 
     shards: list[dict[str, int]] = []
     try:
         for shard in _cut(rows, shard_images):
+            if not shards:
+                digest.update(repr(shard.column_names).encode())
             for row in zip(*(column.to_pylist() for column in shard.columns), strict=True):
                 digest.update(repr(row).encode())
             pq.write_table(shard, folder / f"{len(shards):08d}.parquet", compression="zstd")
@@ -78,8 +81,10 @@ def stage_plan(rows: Iterable[pa.Table], *, shard_images: int | None = None) -> 
     except BaseException:
         shutil.rmtree(folder)
         raise
+    cuts = ",".join(str(shard["images"]) for shard in shards)
     summary = PlanSummary(
         digest=digest.hexdigest(),
+        folder=hashlib.sha256(f"{digest.hexdigest()} {cuts}".encode()).hexdigest()[:12],
         num_images=sum(shard["images"] for shard in shards),
         num_bytes=sum(shard["bytes"] for shard in shards),
         num_shards=len(shards),
@@ -104,7 +109,7 @@ def shard_sizes(run_uri: str, summary: PlanSummary) -> list[int]:
 
 
 def _folder(run_uri: str, summary: PlanSummary) -> str:
-    return storage.join(run_uri, "plan", summary.digest[:12])
+    return storage.join(run_uri, "plan", summary.folder)
 
 
 def _cut(rows: Iterable[pa.Table], shard_images: int | None) -> Iterator[pa.Table]:

@@ -112,6 +112,11 @@ def publish(run: Run) -> Manifest:
     """
     sizes = plan.shard_sizes(run.uri, run.plan)
     etags = {storage.name(found.uri): found.etag for found in _list_parts(run)}
+    for shard in range(len(sizes)):
+        if f"{shard:08d}.parquet" not in etags:
+            raise ValueError(
+                f"{run.part_uri(shard)} is missing: run the command again, it makes the parts that are not there"
+            )
     with concurrent.futures.ThreadPoolExecutor(NUM_READERS) as pool:
         counts = list(pool.map(lambda shard: _check_part(run, shard, sizes[shard]), range(len(sizes))))
     parts = pa.table(

@@ -26,6 +26,7 @@ from dragonclf import storage
 from dragonclf.data.images import ImageError, decode
 from dragonclf.data.transforms import Transform
 from dragonclf.model.predictor import Execution, Predictor
+from dragonclf.storage.errors import first_line
 
 WEIGHTS, EXPECTED, CARD, INFO = "model.safetensors", "canaries/expected.safetensors", "README.md", "model.json"
 PIXEL_BOUND = (
@@ -84,13 +85,16 @@ def save_bundle(
 ) -> Bundle:
     """Write a bundle, ``model.json`` last, and return it as loaded back. `canaries` are encoded images that can be decoded.
 
-    Writing the same model again gives the same files; ValueError if another model is already there.
+    If the same model (weights, classes, transform) is there already, it stays as it is. ValueError, with nothing changed, if another one
+    is; or if the model's logits are not finite.
     """
     pixels = np.stack([transform.for_eval(decode(image)).numpy() for image in canaries])
     f32 = Execution(runtime="torch", device="cpu", precision="f32")
     logits, _ = Predictor(
         model.cpu().eval(), transform, f32, batch_size=len(canaries), num_threads=torch.get_num_threads()
     )(pixels)
+    if not np.isfinite(logits).all():
+        raise ValueError(f"the model gives logits that are not finite: it is not written to {uri}; lower --lr")
     bound = LOGIT_BOUND * max(1.0, float(np.abs(logits).max()))
     metrics = {key: float(value) for key, value in metrics.items()}
     state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
@@ -105,10 +109,15 @@ def save_bundle(
         created=datetime.now(UTC).isoformat(timespec="seconds"), versions=_versions(),
         files={name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     )  # fmt: skip
+    if storage.stat(storage.join(uri, INFO)):
+        there = load_bundle(uri)
+        if _identity(there.info) != _identity(info):
+            raise _taken(uri)
+        return there
     for name, data in files.items():
         storage.put(storage.join(uri, name), data)
     if not storage.put_if_absent(storage.join(uri, INFO), info.model_dump_json(indent=2).encode()):
-        raise ValueError(f"there is another model at {uri}: bundles are never changed; choose another --name")
+        raise _taken(uri)
     return load_bundle(uri)
 
 
@@ -128,8 +137,14 @@ def load_bundle(uri: str) -> Bundle:
     names = [WEIGHTS, EXPECTED, *(f"canaries/{index}" for index in range(info.num_canaries))]
     files = {name: _checked(uri, name, info) for name in names}
     expected = safetensors.numpy.load(files[EXPECTED])
-    model = timm.create_model(info.arch, pretrained=False, num_classes=len(info.classes))
-    model.load_state_dict(safetensors.torch.load(files[WEIGHTS]))
+    try:
+        model = timm.create_model(info.arch, pretrained=False, num_classes=len(info.classes))
+        model.load_state_dict(safetensors.torch.load(files[WEIGHTS]))
+    except RuntimeError as error:
+        raise ValueError(
+            f"the weights of {uri} do not fit timm's {info.arch!r} with {len(info.classes)} classes here: "
+            f"{first_line(error)}: install the package versions named in its {INFO}"
+        ) from error
     images = [files[f"canaries/{index}"] for index in range(info.num_canaries)]
     version = hashlib.sha256(found[0]).hexdigest()[:12]
     return Bundle(uri, version, info, model.eval(), images, expected["pixels"], expected["logits"])
@@ -163,6 +178,14 @@ def open_predictor(bundle: Bundle, execution: Execution, *, batch_size: int = 32
             f"use another --runtime, or the package versions named in its {INFO}"
         )
     return predictor
+
+
+def _identity(info: BundleInfo) -> tuple[object, ...]:
+    return info.arch, info.classes, info.transform, info.files[WEIGHTS]
+
+
+def _taken(uri: str) -> ValueError:
+    return ValueError(f"there is another model at {uri}: bundles are never changed; choose another --name")
 
 
 def _checked(uri: str, name: str, info: BundleInfo) -> bytes:

@@ -58,6 +58,9 @@ def resolve_execution(runtime: str, device: str, precision: str, *, has_gpu: boo
 class Network(nn.Module):
     """The whole way from transformed pixels to logits: scale to 0..1, normalise, backbone, head."""
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, model: nn.Module, transform: Transform):
         super().__init__()
         self.model = model

@@ -4,10 +4,12 @@
 a local path or ``s3://`` URI of a ``.safetensors`` or ``.pth`` state dict, ``hub`` (timm's own weights on the Hugging Face hub), ``none``.
 """
 
+import difflib
 import hashlib
 import importlib
 import importlib.util
 import io
+from typing import Any
 
 import safetensors.torch
 import timm
@@ -16,6 +18,7 @@ from torch import nn
 
 from dragonclf import storage
 from dragonclf.data.transforms import Transform
+from dragonclf.storage.errors import first_line
 
 # architecture -> (package on PyPI as imported, class that knows the file's path, side of the square input in pixels)
 WEIGHT_PACKAGES = {
@@ -28,8 +31,9 @@ WEIGHT_PACKAGES = {
 def resolve_pretrained(arch: str, pretrained: str) -> str:
     """Turn ``auto`` into the source that will be used; check the others as far as the name allows. ValueError if unusable."""
     if arch not in timm.list_models():
-        close = ", ".join(timm.list_models(f"*{arch.split('_')[0]}*")[:5]) or "see timm.list_models()"
-        raise ValueError(f"timm knows no architecture {arch!r}: did you mean {close}?")
+        close = ", ".join(difflib.get_close_matches(arch, timm.list_models(), n=5))
+        hint = f"did you mean {close}?" if close else "see timm.list_models() in Python"
+        raise ValueError(f"timm knows no architecture {arch!r}: {hint}")
     package = WEIGHT_PACKAGES.get(arch, ("", "", 0))[0]
     if pretrained == "auto":
         return f"package:{package}" if package and importlib.util.find_spec(package) else "hub"
@@ -37,7 +41,7 @@ def resolve_pretrained(arch: str, pretrained: str) -> str:
         return pretrained
     if pretrained.startswith("package:"):
         wanted = pretrained.removeprefix("package:")
-        if wanted != package:
+        if not wanted or wanted != package:
             raise ValueError(
                 f"package {wanted!r} holds no weights of {arch!r} that are known here: known are {_known_packages()}"
             )
@@ -61,21 +65,21 @@ def load_pretrained(arch: str, source: str) -> nn.Module:
             model = timm.create_model(arch, pretrained=True)
         except Exception as error:
             raise ValueError(
-                f"cannot get the weights of {arch!r} from the hub ({str(error).splitlines()[0]}): check the network, or name "
+                f"cannot get the weights of {arch!r} from the hub ({first_line(error)}): check the network, or name "
                 f"another source with --pretrained: a file, s3://..., or {_known_packages()}"
             ) from error
     elif source.startswith("package:"):
         model = _from_package(arch)
     else:
         model = _from_file(arch, source)
-    if not isinstance(model.get_classifier(), nn.Linear):
+    if not isinstance(_get_classifier(model), nn.Linear):
         raise ValueError(f"the head of {arch!r} is not one linear layer: choose an architecture whose head is")
     return model.eval()
 
 
 def with_new_head(model: nn.Module, num_classes: int) -> nn.Module:
     """Replace the head of a timm model by a linear layer of `num_classes` outputs that starts at zero: all classes equally likely."""
-    model.reset_classifier(num_classes)  # type: ignore[operator]  timm's models all have it
+    model.reset_classifier(num_classes)  # pyright: ignore[reportCallIssue]  timm's models all have it
     head = classifier(model)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
@@ -84,7 +88,7 @@ def with_new_head(model: nn.Module, num_classes: int) -> nn.Module:
 
 def classifier(model: nn.Module) -> nn.Linear:
     """The model's last layer."""
-    head = model.get_classifier()  # type: ignore[operator]
+    head = _get_classifier(model)
     assert isinstance(head, nn.Linear)
     return head
 
@@ -92,7 +96,7 @@ def classifier(model: nn.Module) -> nn.Linear:
 def backbone_digest(model: nn.Module) -> str:
     """Twelve hex digits of all weights but the head's: equal digests give equal features."""
     head = {id(tensor) for tensor in classifier(model).parameters()}
-    digest = hashlib.sha256(str(model.default_cfg["architecture"]).encode())  # type: ignore[index]
+    digest = hashlib.sha256(str(_config(model)["architecture"]).encode())
     for key, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in head:
             digest.update(key.encode())
@@ -102,13 +106,21 @@ def backbone_digest(model: nn.Module) -> str:
 
 def transform_for(model: nn.Module, *, size: int | None = None) -> Transform:
     """The preprocessing that the model's weights were trained with, at `size` pixels (None: their own)."""
-    cfg = model.pretrained_cfg
-    assert isinstance(cfg, dict)
+    cfg = _config(model)
     own = WEIGHT_PACKAGES.get(cfg["architecture"], ("", "", cfg["input_size"][-1]))[2]
     interpolation = "bicubic" if cfg["interpolation"] == "random" else cfg["interpolation"]
     return Transform(
         size=size or own, crop_pct=cfg["crop_pct"], interpolation=interpolation, mean=cfg["mean"], std=cfg["std"]
     )  # fmt: skip
+
+
+def _get_classifier(model: nn.Module) -> object:
+    return model.get_classifier()  # pyright: ignore[reportCallIssue]  timm's models all have it
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    found: Any = model.pretrained_cfg
+    return found
 
 
 def _known_packages() -> str:
@@ -136,21 +148,21 @@ def _from_file(arch: str, source: str) -> nn.Module:
         else:
             given = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             given = given.get("state_dict", given)
+            given = {key: tensor for key, tensor in given.items() if isinstance(tensor, torch.Tensor)}
     except Exception as error:
-        raise ValueError(
-            f"{source} is no state dict that can be loaded without pickle: {str(error).splitlines()[0]}"
-        ) from error
-    head_key = f"{timm.create_model(arch, pretrained=False, num_classes=1).default_cfg['classifier']}.weight"
+        raise ValueError(f"{source} is no state dict that can be loaded without pickle: {first_line(error)}") from error
+    head_key = f"{_config(timm.create_model(arch, pretrained=False, num_classes=1))['classifier']}.weight"
     num_classes = given[head_key].shape[0] if head_key in given else 1
     model = timm.create_model(arch, pretrained=False, num_classes=num_classes)
     own = model.state_dict()
     wrong = [key for key in own if key not in given or given[key].shape != own[key].shape]
     if head_key not in given:
         wrong = [key for key in wrong if not key.startswith(head_key.removesuffix("weight"))]
-    if wrong or not given.keys() <= own.keys():
-        first = (wrong or sorted(given.keys() - own.keys()))[0]
+    extra = sorted(given.keys() - own.keys())
+    if wrong or extra:
         raise ValueError(
-            f"the weights in {source} do not fit {arch!r}: {len(wrong)} tensors missing or of another shape, first {first!r}"
+            f"the weights in {source} do not fit {arch!r}: {len(wrong)} tensors missing or of another shape, "
+            f"{len(extra)} that it does not have, first {(wrong or extra)[0]!r}"
         )
     model.load_state_dict(given, strict=head_key in given)
     return model

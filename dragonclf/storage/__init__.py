@@ -18,6 +18,8 @@ __all__ = [
     "list_objects", "name", "put", "put_if_absent", "put_if_match", "resolve", "stat",
 ]  # fmt: skip
 
+MAX_CONFLICTS = 10
+
 
 def resolve(uri: str) -> str:
     """Return `uri` as an ``s3://`` URI or an absolute local path. ValueError for any other scheme."""
@@ -26,7 +28,7 @@ def resolve(uri: str) -> str:
             raise ValueError(f"{uri!r} names no bucket: write s3://BUCKET/PREFIX")
         return uri
     uri = uri.removeprefix("file://")
-    if scheme := re.match(r"([a-z][a-z0-9+.-]*)://", uri):
+    if scheme := re.match(r"([a-zA-Z][a-zA-Z0-9+.-]*)://", uri):
         raise ValueError(f"{uri!r}: {scheme[1]}:// is not supported: use a local path or s3://BUCKET/PREFIX")
     if not uri:
         raise ValueError("the path is empty: give a local path or s3://BUCKET/PREFIX")
@@ -51,7 +53,8 @@ def list_objects(uri: str) -> Iterator[ObjectInfo]:
     """Yield every object under a prefix or folder, in the store's order, in constant memory.
 
     A prefix is a folder: ``s3://b/cats`` lists ``cats/...`` and never ``cats2/...``. Raises ObjectMissingError for a local folder
-    that does not exist; an S3 prefix without objects yields nothing.
+    that does not exist; an S3 prefix without objects yields nothing. Symbolic links are followed; one that leads nowhere is listed,
+    so that it is accounted for as missing.
     """
     return _store(uri).list_objects(uri)
 
@@ -89,11 +92,17 @@ def put_if_absent(uri: str, data: bytes) -> bool:
 
     A store may answer "exists" to the retry of a write of our own that it had kept, so the object is read back and compared.
     """
-    try:
-        _store(uri).create(uri, data)
-    except PreconditionError:
-        return get(uri) == data
-    return True
+    for _ in range(MAX_CONFLICTS):
+        try:
+            _store(uri).create(uri, data)
+        except PreconditionError:
+            found = get_if_exists(uri)
+            if found is not None:
+                return found[0] == data
+            # S3 answers so too while another write is under way, which may yet fail; or the object was deleted since.
+        else:
+            return True
+    raise StorageError(f"cannot write {uri}: other writes kept conflicting with it: run the command again")
 
 
 def put_if_match(uri: str, data: bytes, etag: str) -> bool:

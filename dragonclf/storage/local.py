@@ -5,10 +5,21 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat as modes
 import tempfile
 from collections.abc import Iterator
 
-from dragonclf.storage.errors import AccessDeniedError, ObjectInfo, PreconditionError, StorageError, missing
+from dragonclf.storage.errors import (
+    AccessDeniedError,
+    ObjectInfo,
+    ObjectMissingError,
+    PreconditionError,
+    StorageError,
+    missing,
+)
+
+ASIDE = ".dragonclf-aside-"  # begins the name of a file that is being written
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 def list_objects(uri: str) -> Iterator[ObjectInfo]:
@@ -17,10 +28,11 @@ def list_objects(uri: str) -> Iterator[ObjectInfo]:
 
 def stat(uri: str) -> ObjectInfo | None:
     try:
-        found = os.stat(uri)
-    except (FileNotFoundError, NotADirectoryError):
+        with _errors("read", uri):
+            found = os.stat(uri)
+    except ObjectMissingError:
         return None
-    return None if os.path.isdir(uri) else ObjectInfo(uri, _etag(found), found.st_size)
+    return None if modes.S_ISDIR(found.st_mode) else ObjectInfo(uri, _etag(found), found.st_size)
 
 
 def get(uri: str, *, last_bytes: int | None = None) -> tuple[bytes, str]:
@@ -43,7 +55,12 @@ def put(uri: str, data: bytes) -> None:
 def create(uri: str, data: bytes) -> None:
     """Write by a hard link, which fails if the name is taken: PreconditionError."""
     with _errors("write", uri), _aside(uri, data) as aside:
-        os.link(aside, uri)
+        try:
+            os.link(aside, uri)
+        except FileExistsError as error:
+            if os.path.isdir(uri):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)) from error
+            raise PreconditionError from error
 
 
 def replace(uri: str, data: bytes, *, etag: str) -> None:
@@ -55,6 +72,9 @@ def replace(uri: str, data: bytes, *, etag: str) -> None:
         if found.etag != etag:
             raise PreconditionError
         with _aside(uri, data) as aside:
+            # Two writes within a tick of the file system's clock must not have one etag.
+            before, now = os.stat(uri).st_mtime_ns, os.stat(aside).st_mtime_ns
+            os.utime(aside, ns=(now, max(now, before + 1)))
             os.replace(aside, uri)
 
 
@@ -63,15 +83,20 @@ def _errors(operation: str, uri: str) -> Iterator[None]:
     """Turn the system's errors into ours."""
     try:
         yield
-    except FileExistsError as error:
-        raise PreconditionError from error
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise missing(operation, uri) from error
     except PermissionError as error:
         raise AccessDeniedError(
             f"cannot {operation} {uri}: permission denied: check the owner and mode of the file"
         ) from error
+    except IsADirectoryError as error:
+        kind = StorageError if operation == "write" else ObjectMissingError
+        raise kind(f"cannot {operation} {uri}: it is a folder: give the path of a file") from error
+    except (NotADirectoryError, FileExistsError) as error:
+        if operation == "read":
+            raise missing(operation, uri) from error
+        raise StorageError(f"cannot {operation} {uri}: it, or what its path calls a folder, is a file") from error
     except OSError as error:
+        if error.errno in _ABSENT:
+            raise missing(operation, uri) from error
         raise StorageError(f"cannot {operation} {uri}: {os.strerror(error.errno or errno.EIO)}") from error
 
 
@@ -85,16 +110,39 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[ObjectInf
         here = os.stat(folder)
         if (here.st_dev, here.st_ino) in above:
             raise ValueError(f"{folder} is a symbolic link to a folder above it: remove the link")
-        entries = [(entry.name + "/" * entry.is_dir(), entry) for entry in os.scandir(folder)]
+        with os.scandir(folder) as scan:
+            entries = [(entry.name + "/" * _is_folder(entry), entry) for entry in scan]
     for name, entry in sorted(entries, key=lambda item: os.fsencode(item[0])):
         if os.fsencode(entry.name).decode("utf-8", "replace") != entry.name:
             raise ValueError(f"the name of {entry.path!r} is not valid UTF-8: rename the file")
         if name.endswith("/"):
             yield from _walk(entry.path, (*above, (here.st_dev, here.st_ino)))
-        else:
-            with _errors("list", entry.path):
-                info = entry.stat()
+        elif not name.startswith(ASIDE) and (info := _file_info(entry)) is not None:
             yield ObjectInfo(entry.path, _etag(info), info.st_size)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
+
+
+def _file_info(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """None for what went away since the folder was read, and for pipes, sockets and devices: reading one may never end."""
+    with _errors("list", entry.path):
+        try:
+            info = entry.stat()
+        except OSError as error:
+            if error.errno not in _ABSENT:
+                raise
+            try:
+                info = os.lstat(entry.path)  # a link that leads nowhere
+            except FileNotFoundError:
+                return None
+    return info if modes.S_ISREG(info.st_mode) or modes.S_ISLNK(info.st_mode) else None
 
 
 @contextlib.contextmanager
@@ -102,7 +150,7 @@ def _aside(uri: str, data: bytes) -> Iterator[str]:
     """Write `data`, synced, to a hidden file beside `uri`; the caller moves or links it into place."""
     folder = os.path.dirname(uri)
     os.makedirs(folder, exist_ok=True)
-    descriptor, aside = tempfile.mkstemp(prefix=".aside-", dir=folder)
+    descriptor, aside = tempfile.mkstemp(prefix=ASIDE, dir=folder)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)

@@ -39,9 +39,14 @@ READ_TIMEOUT_S = 60
 MAX_ATTEMPTS = 6
 
 _CREDENTIAL_CODES = {
-    "ExpiredToken", "ExpiredTokenException", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch",
-    "UnrecognizedClientException",
+    "ExpiredToken", "ExpiredTokenException", "InvalidAccessKeyId", "InvalidToken", "RequestExpired", "RequestTimeTooSkewed",
+    "SignatureDoesNotMatch", "TokenRefreshRequired", "UnrecognizedClientException",
 }  # fmt: skip
+_BODY_LOST = (
+    botocore.exceptions.IncompleteReadError,
+    botocore.exceptions.ReadTimeoutError,
+    botocore.exceptions.ResponseStreamingError,
+)
 
 
 def split(uri: str) -> tuple[str, str]:
@@ -69,22 +74,32 @@ def list_objects(uri: str) -> Iterator[ObjectInfo]:
 
 def stat(uri: str) -> ObjectInfo | None:
     bucket, key = split(uri)
+    if not key:
+        return None
     try:
         with _errors("read", uri):
-            head = _client().head_object(Bucket=bucket, Key=key)
+            try:
+                head = _client().head_object(Bucket=bucket, Key=key)
+            except botocore.exceptions.ClientError as error:
+                if error.response.get("Error", {}).get("Code") in ("400", "403"):
+                    _client().get_object(Bucket=bucket, Key=key)[
+                        "Body"
+                    ].close()  # the answer to a HEAD has no room for the cause
+                raise
     except ObjectMissingError:
         return None
     return ObjectInfo(uri, head["ETag"].strip('"'), head["ContentLength"])
 
 
 def get(uri: str, *, last_bytes: int | None = None) -> tuple[bytes, str]:
-    bucket, key = split(uri)
     with _errors("read", uri):
-        if last_bytes is None:
-            found = _client().get_object(Bucket=bucket, Key=key)
-        else:
-            found = _client().get_object(Bucket=bucket, Key=key, Range=f"bytes=-{last_bytes}")
-        return found["Body"].read(), found["ETag"].strip('"')
+        for attempts_left in reversed(range(MAX_ATTEMPTS)):
+            try:
+                return _get(uri, last_bytes)
+            except _BODY_LOST:  # botocore retries until the headers are there
+                if not attempts_left:
+                    raise
+    raise AssertionError
 
 
 def put(uri: str, data: bytes) -> None:
@@ -107,6 +122,22 @@ def replace(uri: str, data: bytes, *, etag: str) -> None:
         _client().put_object(Bucket=bucket, Key=key, Body=data, IfMatch=f'"{etag}"')
 
 
+def _get(uri: str, last_bytes: int | None) -> tuple[bytes, str]:
+    bucket, key = split(uri)
+    if not key:
+        raise missing("read", uri)
+    if last_bytes is None:
+        found = _client().get_object(Bucket=bucket, Key=key)
+    else:
+        try:
+            found = _client().get_object(Bucket=bucket, Key=key, Range=f"bytes=-{last_bytes}")
+        except botocore.exceptions.ClientError as error:
+            if error.response.get("Error", {}).get("Code") != "InvalidRange":
+                raise
+            found = _client().get_object(Bucket=bucket, Key=key)  # an empty object has no range
+    return found["Body"].read(), found["ETag"].strip('"')
+
+
 async def fetch(uri: str) -> tuple[bytes, str]:
     bucket, key = split(uri)
     if not _obstore_keeps(key):
@@ -122,6 +153,12 @@ async def fetch(uri: str) -> tuple[bytes, str]:
         raise _denied("read", uri, code[1] if code else "AccessDenied") from error
     except (BaseError, OSError) as error:
         raise StorageError(f"cannot read {uri}: {first_line(error)}") from error
+
+
+def forget_clients() -> None:
+    """Read the AWS_* variables anew at the next operation."""
+    _client.cache_clear()
+    _obstore.cache_clear()
 
 
 def _obstore_keeps(key: str) -> bool:
@@ -153,7 +190,7 @@ def _obstore(bucket: str) -> S3Store:
     return S3Store(
         bucket,
         region=region,
-        endpoint=None if is_aws else endpoint,
+        endpoint=None if is_aws else endpoint,  # pyright: ignore[reportArgumentType]  None is as good as absent
         credential_provider=Boto3CredentialProvider(boto3.Session()),
         client_options={
             "allow_http": not is_aws and endpoint.startswith("http://"),
@@ -169,13 +206,16 @@ def _region(bucket: str) -> str:
     try:
         found = _client().head_bucket(Bucket=bucket).get("BucketRegion")
     except botocore.exceptions.ClientError as error:
-        if error.response["ResponseMetadata"]["HTTPStatusCode"] != 403:
+        answer = error.response.get("ResponseMetadata")
+        if answer is None or answer["HTTPStatusCode"] != 403:
             raise
-        found = error.response["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
+        found = answer["HTTPHeaders"].get("x-amz-bucket-region")
     return found or _client().meta.region_name
 
 
 def _denied(operation: str, uri: str, code: str) -> StorageError:
+    if code == "RequestTimeTooSkewed":
+        return StorageError(f"cannot {operation} {uri}: this machine's clock is wrong ({code}): set it")
     if code in _CREDENTIAL_CODES:
         return StorageError(
             f"cannot {operation} {uri}: the store refuses the credentials ({code}): "
@@ -205,7 +245,13 @@ def _errors(operation: str, uri: str) -> Iterator[None]:
             raise missing(operation, uri) from error
         if code in _CREDENTIAL_CODES or status in (401, 403):
             raise _denied(operation, uri, code) from error
+        if code in ("KeyTooLongError", "InvalidURI"):
+            raise missing(operation, uri) from error
         raise StorageError(f"cannot {operation} {uri}: {first_line(error)}") from error
+    except botocore.exceptions.ParamValidationError as error:
+        raise StorageError(
+            f"cannot {operation} {uri}: no such name is possible: {' '.join(str(error).split())}"
+        ) from error
     except botocore.exceptions.NoCredentialsError as error:
         raise StorageError(
             f"cannot {operation} {uri}: no AWS credentials found: set AWS_PROFILE, or AWS_ACCESS_KEY_ID and "

@@ -1,0 +1,125 @@
+"""Every field of a config is an option or an argument, with help; and errors name the option."""
+
+import inspect
+from typing import Any
+
+import click
+import pytest
+import typer
+from pydantic import BaseModel, ValidationError
+from typer.testing import CliRunner
+
+from dragonclf import config, options
+
+CONFIGS = [
+    found for _, found in inspect.getmembers(config, inspect.isclass)
+    if issubclass(found, BaseModel) and found.__name__ in ("IndexConfig", "TrainConfig", "ScoreConfig", "EvaluateConfig", "PredictConfig")
+]  # fmt: skip
+
+
+def app_of(config_type: type[BaseModel], received: list[BaseModel]) -> typer.Typer:
+    """A command line of one command that validates what it is given."""
+
+    def command(**given: Any) -> None:
+        received.append(config_type.model_validate(given))
+
+    command.__signature__ = inspect.Signature(options.parameters(config_type))  # pyright: ignore[reportFunctionMemberAccess]
+    app = typer.Typer()
+    app.command()(command)
+    return app
+
+
+def test_all_configs_are_here():
+    assert len(CONFIGS) == 5
+
+
+@pytest.mark.parametrize("config_type", CONFIGS)
+def test_every_field_is_an_option_or_argument_with_help(config_type: type[BaseModel]):
+    command = typer.main.get_command(app_of(config_type, []))
+    found = {parameter.name: parameter for parameter in command.params}
+    assert set(config_type.model_fields) <= set(found)
+    for name, field in config_type.model_fields.items():
+        parameter = found[name]
+        assert field.description, name
+        assert getattr(parameter, "help", None) == field.description
+        is_argument = isinstance(parameter, click.Argument) or parameter.param_type_name == "argument"
+        positional = isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("positional", False)
+        assert is_argument == bool(positional)
+        if not is_argument:
+            assert parameter.opts == [f"--{name.replace('_', '-')}"]
+        assert parameter.required == field.is_required()
+
+
+@pytest.mark.parametrize("config_type", CONFIGS)
+def test_defaults_come_through_the_command_line(config_type: type[BaseModel]):
+    required = {
+        name: ["x.jpg"] if name == "images" else "/somewhere" for name, field in config_type.model_fields.items() if field.is_required()
+    }  # fmt: skip
+    given: list[str] = []
+    for parameter in options.parameters(config_type):
+        if parameter.name in required:
+            field = config_type.model_fields[parameter.name]
+            value = "x.jpg" if parameter.name == "images" else "/somewhere"
+            given += [value] if isinstance(field.json_schema_extra, dict) else [f"--{parameter.name}", value]
+    received: list[BaseModel] = []
+    result = CliRunner().invoke(app_of(config_type, received), given)
+    assert result.exit_code == 0, result.output
+    assert received == [config_type.model_validate(required)]
+
+
+def test_values_of_each_kind_come_through():
+    received: list[BaseModel] = []
+    arguments = [
+        "d",
+        "--out",
+        "s3://b/o",
+        "--no-precompute",
+        "--lr",
+        "0.5",
+        "--size",
+        "96",
+        "--name",
+        "n1",
+        "--runtime",
+        "torch",
+    ]
+    result = CliRunner().invoke(app_of(config.TrainConfig, received), arguments)
+    assert result.exit_code == 0, result.output
+    [made] = received
+    assert isinstance(made, config.TrainConfig)
+    assert (made.precompute, made.lr, made.size, made.name, made.runtime, made.out) == (
+        False,
+        0.5,
+        96,
+        "n1",
+        "torch",
+        "s3://b/o",
+    )
+    assert made.data.endswith("/d")
+    assert made.data.startswith("/")
+
+
+def test_replaced_defaults():
+    [parameter] = [p for p in options.parameters(config.IndexConfig, defaults={"out": "o"}) if p.name == "out"]
+    assert parameter.default == "o"
+
+
+@pytest.mark.parametrize(
+    ("config_type", "given", "parts"),
+    [
+        (config.IndexConfig, {"source": "gs://b/x", "out": "o"}, ["gs:// is not supported", "'gs://b/x'"]),
+        (config.IndexConfig, {"source": "s", "out": "o", "valid_fraction": 1.5}, ["--valid-fraction: ", "less than 1", "1.5"]),
+        (config.TrainConfig, {"data": "d", "out": "o", "name": "../up", "epochs": 0}, ["--name: ", "'../up'", "--epochs: ", "0"]),
+        (config.ScoreConfig, {"model": "m", "source": "s", "out": "o", "typo": 1}, ["--typo: ", "not permitted"]),
+        (config.ScoreConfig, {"model": "m", "source": "s", "out": "o", "runtime": "tf"}, ["--runtime: ", "'auto', 'torch' or 'openvino'"]),
+        (config.PredictConfig, {"model": "m", "images": []}, ["at least 1 item"]),
+    ],
+)  # fmt: skip
+def test_a_validation_error_in_one_line(config_type: type[BaseModel], given: dict[str, Any], parts: list[str]):
+    with pytest.raises(ValidationError) as caught:
+        config_type.model_validate(given)
+    text = options.explain(caught.value)
+    assert "\n" not in text
+    assert "pydantic" not in text
+    for part in parts:
+        assert part in text

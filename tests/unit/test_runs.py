@@ -1,0 +1,240 @@
+"""Runs: resumed, left alone or begun anew as they should be, and published once, by what is really in the store."""
+
+import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from dragonclf import storage
+from dragonclf.engine import plan, runs
+
+SCHEMA = pa.schema([("uri", pa.string()), ("etag", pa.string()), ("size", pa.int64())])
+SPEC = {"model": "m1"}
+
+
+@pytest.fixture(params=["local", "s3"])
+def out(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where a job writes."""
+    if request.param == "local":
+        return str(tmp_path / "out")
+    request.getfixturevalue("s3_env")
+    return f"s3://work/{tmp_path.parent.name}/{tmp_path.name}/out"
+
+
+def rows(count: int, *, etag: str = "e") -> pa.Table:
+    return pa.Table.from_pylist([{"uri": f"/in/{i}", "etag": etag, "size": 5} for i in range(count)], schema=SCHEMA)
+
+
+def stage(count: int, *, etag: str = "e", shard_images: int = 2) -> Callable[[], plan.StagedPlan]:
+    return lambda: plan.stage_plan([rows(count, etag=etag)], shard_images=shard_images)
+
+
+def never() -> plan.StagedPlan:
+    pytest.fail("the input was listed, and a run was there to be resumed")
+
+
+def result(run: runs.Run, shard: int) -> pa.Table:
+    """Rows of a shard; every image of the first is bad."""
+    planned = plan.read_shard(run.uri, run.plan, shard)
+    return planned.append_column("status", pa.array(["ok" if shard else "missing"] * planned.num_rows))
+
+
+def finish(run: runs.Run) -> runs.Manifest:
+    for shard in runs.missing_shards(run):
+        runs.write_part(run, shard, result(run, shard))
+    return runs.publish(run)
+
+
+def test_from_claim_to_publication(out: str):
+    run = runs.open_run(out, "score", SPEC, stage(5))
+    assert (run.published, run.plan.num_shards, run.name) == (False, 3, storage.name(run.uri))
+    assert run.name.endswith("-00001")
+    assert runs.missing_shards(run) == [0, 1, 2]
+    assert runs.write_part(run, 1, result(run, 1)) == {"ok": 2}
+    assert runs.missing_shards(run) == [0, 2]
+    with pytest.raises(ValueError, match=r"is not a published run: _manifest.json is missing"):
+        runs.read_manifest(run.uri)
+    with pytest.raises(ValueError, match=r"is not a published run"):
+        next(runs.read_parts(run.uri))
+
+    again = runs.open_run(out, "score", SPEC, never)
+    assert again == run
+    manifest = finish(again)
+    assert (manifest.num_images, manifest.num_parts, manifest.counts) == (5, 3, {"missing": 2, "ok": 3})
+    assert runs.read_manifest(run.uri) == manifest
+    table = pa.concat_tables(runs.read_parts(run.uri))
+    assert table["uri"].to_pylist() == [f"/in/{i}" for i in range(5)]
+    assert table["status"].to_pylist() == ["missing"] * 2 + ["ok"] * 3
+    assert json.loads(storage.get(f"{out}/_latest.json"))["run"] == run.name
+
+
+def test_after_a_published_run_an_equal_input_is_nothing_to_do_and_a_changed_one_a_new_run(out: str):
+    first = runs.open_run(out, "score", SPEC, stage(4))
+    finish(first)
+    same = runs.open_run(out, "score", SPEC, stage(4, shard_images=3))
+    assert (same.uri, same.published) == (first.uri, True)
+    changed = runs.open_run(out, "score", SPEC, stage(4, etag="f"))
+    assert (changed.name, changed.published) == (first.name[:-5] + "00002", False)
+    assert runs.open_run(out, "score", SPEC, never).uri == changed.uri
+    finish(changed)
+    assert runs.open_run(out, "score", SPEC, stage(4, etag="f")).uri == changed.uri
+    back = runs.open_run(out, "score", SPEC, stage(4))
+    assert back.name.endswith("-00003"), "a run stands for the newest input only"
+    assert len({run.name for run in (first, changed, back)}) == 3
+    assert runs.read_manifest(first.uri).counts == {"missing": 2, "ok": 2}
+
+
+def test_another_spec_or_verb_is_another_run(out: str):
+    names = {
+        runs.open_run(out, verb, spec, stage(1)).name
+        for verb, spec in (("score", SPEC), ("score", {"model": "m2"}), ("index", SPEC))
+    }
+    assert len(names) == 3
+
+
+def test_a_claim_without_a_plan_is_planned_again_under_its_number(out: str):
+    run = runs.open_run(out, "score", SPEC, stage(3))
+    other_out = f"{out}-2"
+    storage.put(f"{other_out}/runs/{run.name}/run.json", storage.get(f"{run.uri}/run.json"))
+    again = runs.open_run(other_out, "score", SPEC, stage(3))
+    assert again.uri == f"{other_out}/runs/{run.name}"
+    assert finish(again).num_images == 3
+
+
+def test_a_listing_that_fails_claims_nothing(tmp_path: Path):
+    def fail() -> plan.StagedPlan:
+        raise ValueError("there is no object")
+
+    with pytest.raises(ValueError, match=r"there is no object"):
+        runs.open_run(str(tmp_path / "out"), "score", SPEC, fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_drivers_that_start_at_once_share_one_run(out: str):
+    barrier = threading.Barrier(4)
+
+    def drive(i: int) -> tuple[str, plan.PlanSummary]:
+        barrier.wait()
+        run = runs.open_run(out, "score", SPEC, stage(9 + i, shard_images=2 + i))
+        return run.uri, run.plan
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(drive, range(4)))
+    assert len({uri for uri, _ in found}) == 1
+    assert all(summary == found[0][1] for _, summary in found)
+    run = runs.open_run(out, "score", SPEC, never)
+    manifest = finish(run)
+    uris = pa.concat_tables(runs.read_parts(run.uri))["uri"].to_pylist()
+    assert uris == [f"/in/{i}" for i in range(manifest.num_images)]
+
+
+def test_a_part_is_written_once_and_a_second_result_yields_to_it(out: str):
+    run = runs.open_run(out, "score", SPEC, stage(4))
+    assert runs.write_part(run, 0, result(run, 0)) == {"missing": 2}
+    before = storage.get(run.part_uri(0))
+    other = result(run, 0).set_column(3, "status", pa.array(["ok", "denied"]))
+    assert runs.write_part(run, 0, other) == {"missing": 2}, "the counts are those of the part that stands"
+    assert storage.get(run.part_uri(0)) == before
+
+
+@pytest.mark.parametrize("wrong", ["another run", "another shard", "fewer rows"])
+def test_a_part_that_is_not_this_runs_is_refused(wrong: str, out: str):
+    run = runs.open_run(out, "score", SPEC, stage(4))
+    stranger = {
+        "another run": lambda: runs.open_run(out, "score", {"model": "m2"}, stage(4)),
+        "another shard": lambda: run,
+        "fewer rows": lambda: run,
+    }[wrong]()
+    shard = 1 if wrong == "another shard" else 0
+    table = result(stranger, shard).slice(0, 1 if wrong == "fewer rows" else 2)
+    runs.write_part(stranger, shard, table)
+    moved = storage.get(stranger.part_uri(shard))
+    runs.write_part(run, 1, result(run, 1))
+    if run.part_uri(0) != stranger.part_uri(shard):
+        storage.put(run.part_uri(0), moved)
+    for attempt in (lambda: runs.write_part(run, 0, result(run, 0)), lambda: runs.publish(run)):
+        with pytest.raises(ValueError, match=r"parts/00000000.parquet is not this run's part: .* choose another --out"):
+            attempt()
+    assert storage.stat(f"{run.uri}/_manifest.json") is None
+
+
+def test_a_missing_part_is_named_and_nothing_is_published(out: str):
+    run = runs.open_run(out, "score", SPEC, stage(6))
+    with pytest.raises(ValueError, match=r"parts/00000000.parquet is missing: run the command again"):
+        runs.publish(run)
+    runs.write_part(run, 0, result(run, 0))
+    runs.write_part(run, 2, result(run, 2))
+    with pytest.raises(ValueError, match=r"parts/00000001.parquet is missing"):
+        runs.publish(run)
+    assert storage.stat(f"{run.uri}/_manifest.json") is None
+    assert storage.stat(f"{out}/_latest.json") is None
+
+
+@pytest.mark.parametrize("damage", ["cut at the end", "cut at the start", "emptied", "garbage"])
+def test_a_damaged_part_is_named_and_nothing_is_published(damage: str, out: str):
+    run = runs.open_run(out, "score", SPEC, stage(4))
+    for shard in (0, 1):
+        runs.write_part(run, shard, result(run, shard))
+    data = storage.get(run.part_uri(1))
+    changed = {
+        "cut at the end": data[:-20], "cut at the start": data[-100:], "emptied": b"", "garbage": bytes(200) + b"\x10\0\0\0PAR1",
+    }[damage]  # fmt: skip
+    storage.put(run.part_uri(1), changed)
+    with pytest.raises(ValueError, match=r"parts/00000001.parquet is not a whole Parquet file: delete it"):
+        runs.publish(run)
+    assert storage.stat(f"{run.uri}/_manifest.json") is None
+
+
+def test_strangers_in_the_parts_folder_do_not_count(tmp_path: Path):
+    run = runs.open_run(str(tmp_path), "score", SPEC, stage(2))
+    storage.put(f"{run.uri}/parts/notes.txt", b"x")
+    storage.put(f"{run.uri}/parts/00000000.parquet.tmp", b"x")
+    (Path(run.uri) / "parts" / ".dragonclf-aside-x").write_bytes(b"half")
+    assert runs.missing_shards(run) == [0]
+    assert finish(run).num_images == 2
+
+
+def test_two_publishers_publish_once(out: str):
+    run = runs.open_run(out, "score", SPEC, stage(8))
+    for shard in range(4):
+        runs.write_part(run, shard, result(run, shard))
+    barrier = threading.Barrier(3)
+
+    def publish(_: int) -> runs.Manifest:
+        barrier.wait()
+        return runs.publish(run)
+
+    with ThreadPoolExecutor(3) as pool:
+        manifests = list(pool.map(publish, range(3)))
+    assert manifests[0] == manifests[1] == manifests[2] == runs.read_manifest(run.uri)
+    assert runs.publish(run) == manifests[0]
+
+
+def test_latest_moves_forward_only(out: str):
+    old = runs.open_run(out, "score", SPEC, stage(2))
+    new = runs.open_run(out, "score", {"model": "m2"}, stage(2))
+    finish(new)
+    finish(old)
+    assert json.loads(storage.get(f"{out}/_latest.json"))["run"] == new.name
+
+
+def test_racing_pointers_end_at_the_latest(out: str):
+    uri = f"{out}/p.json"
+    with ThreadPoolExecutor(4) as pool:
+        list(
+            pool.map(
+                lambda i: runs.advance_pointer(uri, {"run": str(i), "planned_s": float(i)}), [3, 1, 7, 2, 5, 0, 6, 4]
+            )
+        )
+    assert json.loads(storage.get(uri)) == {"run": "7", "planned_s": 7.0}
+
+
+def test_a_run_of_nothing_is_published_empty(tmp_path: Path):
+    run = runs.open_run(str(tmp_path), "score", SPEC, lambda: plan.stage_plan([]))
+    manifest = finish(run)
+    assert (manifest.num_images, manifest.num_parts, manifest.counts) == (0, 0, {})
+    assert list(runs.read_parts(run.uri)) == []
