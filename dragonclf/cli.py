@@ -1,13 +1,15 @@
 """`dragonclf`: one command a verb. Progress and errors go to stderr, the result to stdout.
 
 Exit codes: 0 done; 1 done, with images that could not be predicted; 2 the request is wrong (the message says what and how to mend it);
-3 storage or workers failed (the same command resumes); 130 interrupted (likewise).
+3 storage or workers failed (the same command resumes); 130 or 143 interrupted by Ctrl-C or SIGTERM (likewise).
 """
 
 import importlib
 import inspect
 import logging
+import signal
 import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +92,7 @@ def job(name: str) -> None:
 
 def report_errors(action: Callable[[], int], *, debug: bool) -> int:
     """Run `action` and return its exit code; turn what a user can mend into one line and a code of its own."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         return action()
     except (ValueError, StorageError) as error:
@@ -98,9 +101,17 @@ def report_errors(action: Callable[[], int], *, debug: bool) -> int:
         text = options.explain(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
         typer.echo(f"dragonclf: error: {text}", err=True)
         return 3 if isinstance(error, StorageError) else 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         typer.echo("dragonclf: interrupted; the same command resumes", err=True)
-        return 130
+        return 128 + (signal.SIGTERM if isinstance(interrupt, _Terminated) else signal.SIGINT)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: what a scheduler sends. It ends a command as Ctrl-C does."""
+
+
+def _terminate(number: int, frame: types.FrameType | None) -> None:
+    raise _Terminated
 
 
 def configure_logging(*, debug: bool) -> None:

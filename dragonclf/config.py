@@ -26,35 +26,41 @@ class RayConfig(_Config):
     """Where a job runs."""
 
     address: str = Field(
-        "local",
+        default="local",
         min_length=1,
         description="Which Ray: local starts a private one on this machine; auto joins the one here; or HOST:PORT.",
     )
-    num_actors: int | None = Field(None, ge=1, description="Worker actors. None: as many as fit the cluster.")
-    cpus_per_actor: int | None = Field(None, ge=1, description="CPUs of an actor. None: all of a node's, at most 8.")
+    num_actors: int | None = Field(default=None, ge=1, description="Worker actors. None: as many as fit the cluster.")
+    cpus_per_actor: int | None = Field(
+        default=None, ge=1, description="CPUs of an actor. None: all of a node's, at most 8."
+    )
     shard_images: int | None = Field(
-        None, ge=1, description="Images per shard. None: 512, growing to 20,000 with the bucket."
+        default=None, ge=1, description="Images per shard. None: 512, growing to 20,000 with the bucket."
     )
 
 
 class LimitsConfig(_Config):
     """What is too much of an image: it becomes a row that says so."""
 
-    max_image_bytes: int = Field(MAX_IMAGE_BYTES, ge=1, description="Bytes of an encoded image, at most.")
-    max_pixels: int = Field(MAX_PIXELS, ge=1, description="Pixels of a decoded image, at most.")
+    max_image_bytes: int = Field(default=MAX_IMAGE_BYTES, ge=1, description="Bytes of an encoded image, at most.")
+    max_pixels: int = Field(default=MAX_PIXELS, ge=1, description="Pixels of a decoded image, at most.")
 
 
 class ExecutionConfig(_Config):
     """How a model is run. `auto` is resolved once and said in the log."""
 
     runtime: Literal["auto", "torch", "openvino"] = Field(
-        "auto", description="auto: torch on a GPU; on a CPU OpenVINO if it is installed, else torch."
+        default="auto", description="auto: torch on a GPU; on a CPU OpenVINO if it is installed, else torch."
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: the GPU if the cluster has one, else the CPU."
+        default="auto", description="auto: the GPU if the cluster has one, else the CPU."
     )
-    precision: str = Field("f32", description="Arithmetic of the model. Only f32 is admitted: it equals training.")
-    batch_size: int = Field(32, ge=1, description="Images per forward pass. Changes speed and memory, not results.")
+    precision: str = Field(
+        default="f32", description="Arithmetic of the model. Only f32 is admitted: it equals training."
+    )
+    batch_size: int = Field(
+        default=32, ge=1, description="Images per forward pass. Changes speed and memory, not results."
+    )
 
 
 class IndexConfig(RayConfig, LimitsConfig):
@@ -67,9 +73,9 @@ class IndexConfig(RayConfig, LimitsConfig):
     )
     out: str = Field(description="Folder or s3:// prefix for the data set's snapshots.")
     valid_fraction: float = Field(
-        0.2, gt=0, lt=1, description="Share of images for validation, where the source does not say."
+        default=0.2, gt=0, lt=1, description="Share of images for validation, where the source does not say."
     )
-    seed: int = Field(0, ge=0, description="Draws the validation images.")
+    seed: int = Field(default=0, ge=0, description="Draws the validation images.")
 
 
 class ScoringConfig(RayConfig, LimitsConfig, ExecutionConfig):
@@ -94,9 +100,9 @@ class EvaluateConfig(ScoringConfig):
     data: str = Field(
         description="Snapshot, or the folder that `index` wrote (its newest).", json_schema_extra={"positional": True}
     )
-    split: Literal["train", "valid", "test"] = Field("valid", description="Which images to look at.")
-    per_gallery: int = Field(8, ge=1, le=24, description="Pictures in each gallery of the report.")
-    seed: int = Field(0, ge=0, description="Draws the random galleries.")
+    split: Literal["train", "valid", "test"] = Field(default="valid", description="Which images to look at.")
+    per_gallery: int = Field(default=8, ge=1, le=24, description="Pictures in each gallery of the report.")
+    seed: int = Field(default=0, ge=0, description="Draws the random galleries.")
 
 
 class TrainConfig(RayConfig, ExecutionConfig):
@@ -107,38 +113,42 @@ class TrainConfig(RayConfig, ExecutionConfig):
     )
     out: str = Field(description="Folder or s3:// prefix under which the run's folder is made.")
     name: str | None = Field(
-        None,
+        default=None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
         description="Name of the run's folder. None: made from the options, so that equal ones resume.",
     )
-    arch: str = Field("tf_efficientnet_lite0", description="Architecture, by its name in timm.")
+    arch: str = Field(default="tf_efficientnet_lite0", description="Architecture, by its name in timm.")
     pretrained: str = Field(
-        "auto",
+        default="auto",
         description="Weights of the backbone: package:NAME, a file or s3:// URI, hub, none (random). auto: an installed package, else hub.",
     )
-    size: int | None = Field(None, ge=32, le=2048, description="Side of the input in pixels. None: the backbone's own.")
-    precompute: bool = Field(
-        True, description="Train the head on features computed once; no-precompute trains every layer."
+    size: int | None = Field(
+        default=None, ge=32, le=2048, description="Side of the input in pixels. None: the backbone's own."
     )
-    epochs: int = Field(3, ge=1, description="Passes over the training images.")
+    precompute: bool = Field(
+        default=True, description="Train the head on features computed once; no-precompute trains every layer."
+    )
+    epochs: int = Field(default=3, ge=1, description="Passes over the training images.")
     lr: float = Field(
-        0.01,
+        default=0.01,
         gt=0,
         description="Greatest learning rate of the one-cycle schedule. About 0.01 for the head, 0.001 for all.",
     )
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's decay of the weights, not of biases and norms.")
-    global_batch_size: int = Field(64, ge=1, description="Images per step, over all workers together.")
-    seed: int = Field(0, ge=0, description="Order of the images and augmentation.")
-    num_workers: int = Field(1, ge=1, description="Training workers, each with one GPU if there are GPUs.")
+    weight_decay: float = Field(
+        default=0.01, ge=0, description="AdamW's decay of the weights, not of biases and norms."
+    )
+    global_batch_size: int = Field(default=64, ge=1, description="Images per step, over all workers together.")
+    seed: int = Field(default=0, ge=0, description="Order of the images and augmentation.")
+    num_workers: int = Field(default=1, ge=1, description="Training workers, each with one GPU if there are GPUs.")
     max_failures: int = Field(
-        3, ge=0, description="Losses of workers that are survived, each from the last checkpoint."
+        default=3, ge=0, description="Losses of workers that are survived, each from the last checkpoint."
     )
     synthetic_canaries: bool = Field(
-        False,
+        default=False,
         description="Put made-up pictures in the bundle instead of four validation images, where those may not be passed on.",
     )
     mlflow_uri: str | None = Field(
-        None,
+        default=None,
         description="MLflow tracking server or database. None: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here.",
     )
 

@@ -24,7 +24,13 @@ def arguments(config: BaseModel) -> list[str]:
     for name in chosen:
         value = getattr(config, name)
         if not _is_positional(fields[name]):
-            found += [_option(name)] if value is True else [_option(f"no_{name}")] if value is False else [_option(name), str(value)]
+            found += (
+                [_option(name)]
+                if value is True
+                else [_option(f"no_{name}")]
+                if value is False
+                else [_option(name), str(value)]
+            )
     return found
 
 

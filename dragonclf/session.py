@@ -4,12 +4,16 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
+import threading
 from collections.abc import Iterator
 
 import ray
 import ray.data
 import torch
 from ray._private import ray_constants
+
+from dragonclf.storage import StorageError
 
 log = logging.getLogger("dragonclf")
 
@@ -26,16 +30,23 @@ def connect(address: str, *, debug: bool = False) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    if address == LOCAL:
-        _start_local(debug)
-    else:
-        try:
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        if address == LOCAL:
+            _start_local(debug)
+        else:
             ray.init(address=address, log_to_driver=debug, logging_level=_level(debug))
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = (str(error).splitlines() or ["no answer"])[0]
-            raise ValueError(
-                f"there is no Ray to join at {address!r}: {reason}; use --address local for this machine alone"
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or ["no answer"])[0]
+        if address == LOCAL:
+            raise StorageError(
+                f"Ray does not start on this machine: {reason}; if it is about a path, set TMPDIR to a short one"
             ) from error
+        raise ValueError(
+            f"there is no Ray to join at {address!r}: {reason}; use --address local for this machine alone"
+        ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init puts its own there, which ends the process without a word
     where = "a private one on this machine" if address == LOCAL else f"the cluster at {address}"
     resources = ray.cluster_resources()
     log.info("Ray: %s, %g CPUs, %g GPUs", where, resources.get("CPU", 0), resources.get("GPU", 0))
@@ -59,9 +70,8 @@ def has_gpu(address: str) -> bool:
 def _start_local(debug: bool) -> None:
     if "RAY_ADDRESS" in os.environ:
         log.info("RAY_ADDRESS=%s is set and not used: pass --address auto to join it", os.environ.pop("RAY_ADDRESS"))
-    os.environ.setdefault(
-        "RAY_AUTH_TOKEN", secrets.token_hex(32)
-    )  # ray.init turns token authentication on; without a token here it would write one to the home folder
+    # ray.init turns token authentication on; without a token here it would write one to the home folder.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # else `uv run` ships the whole working folder
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")

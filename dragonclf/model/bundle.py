@@ -40,7 +40,7 @@ class BundleInfo(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    format: int = Field(1, ge=1, le=1, description="Version of this layout.")
+    format: int = Field(default=1, ge=1, le=1, description="Version of this layout.")
     arch: str = Field(description="timm's name of the architecture.")
     classes: list[str] = Field(min_length=2, description="Class names; the index is the model's output.")
     transform: Transform

@@ -1,7 +1,6 @@
 """Fixtures of the whole-job tests: images in a bucket, a bundle to score with."""
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,13 +26,13 @@ def save_random_head(uri: str, *, classes: list[str], size: int, seed: int = 0) 
 
 
 @pytest.fixture(scope="session")
-def small_bundle(s3_server: LocalS3) -> Iterator[str]:
+def small_bundle(s3_server: LocalS3) -> str:
     """URI of a two-class bundle of 64 px on the S3 server."""
     with pytest.MonkeyPatch.context() as patch:
         use_identity(s3_server.environment("admin"), patch)
         uri = "s3://work/small-bundle"
         save_random_head(uri, classes=["blue", "red"], size=64)
-    yield uri
+    return uri
 
 
 @pytest.fixture(scope="session")

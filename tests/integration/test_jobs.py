@@ -57,7 +57,9 @@ def test_jobs_join_the_cluster_and_end_in_one_json_line(cluster: dict[str, str],
 
 @pytest.mark.parametrize("name", ["index", "train", "evaluate", "score"])
 def test_help_has_an_example(name: str):
-    done = subprocess.run([sys.executable, str(ROOT / "jobs" / f"{name}.py"), "--help"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "jobs" / f"{name}.py"), "--help"], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0
     assert f"Example: dragonclf {name}" in " ".join(done.stdout.split())
     assert "auto" in done.stdout

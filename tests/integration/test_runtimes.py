@@ -16,7 +16,9 @@ from tests.integration.conftest import ARCH, WEIGHTS
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 NUM_THREADS = 2
-OPENVINO, TORCH = (Execution.model_validate({"runtime": r, "device": "cpu", "precision": "f32"}) for r in ("openvino", "torch"))
+OPENVINO, TORCH = (
+    Execution.model_validate({"runtime": r, "device": "cpu", "precision": "f32"}) for r in ("openvino", "torch")
+)
 
 
 def run(predictor: Predictor, pixels: np.ndarray, output: int) -> np.ndarray:

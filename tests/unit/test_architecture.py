@@ -69,7 +69,9 @@ def test_lower_layers_load_without_ray():
         if part_of(path) in WITHOUT_RAY
     ]
     assert "dragonclf.evaluate.report" in names
-    program = f"import sys; sys.modules['ray'] = None\nimport importlib\nfor name in {names!r}: importlib.import_module(name)"
+    program = (
+        f"import sys; sys.modules['ray'] = None\nimport importlib\nfor name in {names!r}: importlib.import_module(name)"
+    )
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
 
 

@@ -95,6 +95,10 @@ def test_csv_types_are_those_of_the_whole_file_but_names_stay_text(tmp_path: Pat
     assert table["uri"].to_pylist()[1] == f"{tmp_path}/00001"
     assert table["group"].to_pylist() == ["0", "1", "2", "3", "4", "y"]
     assert table["mixed"].to_pylist() == ["0", "1", "0", "1", "0", "late text"]
+    for labels in (["1", "1.0", "01"], ["true", "True", "TRUE"], ["2024-01-01", "2024-1-1", "20240101"]):
+        lines = [f"{i}.jpg,{label}" for i, label in enumerate(labels)]
+        table = rows(manifest(tmp_path, "uri,label\n" + "\n".join(lines) + "\n"))
+        assert table["label"].to_pylist() == labels, "classes that look alike as numbers or dates stay apart"
 
 
 def test_csv_loses_no_row_to_a_guessed_dialect(tmp_path: Path):

@@ -1,5 +1,6 @@
 """The written evaluation: its files, and its page as a browser shows it."""
 
+import io
 import json
 import re
 import shutil
@@ -111,7 +112,7 @@ def test_the_files(evaluation: tuple[pd.DataFrame, Path]) -> None:
         "report.html",
     ]
     assert max(out.rglob("*.*"), key=lambda path: path.stat().st_mtime_ns).name == "report.html"
-    assert all(Image.open(path).format == "PNG" for path in out.rglob("*.png"))
+    assert all(Image.open(io.BytesIO(path.read_bytes())).format == "PNG" for path in out.rglob("*.png"))
     kept = pd.read_parquet(out / "predictions.parquet")
     pd.testing.assert_frame_equal(kept.drop(columns="error"), frame.drop(columns="error"))
     assert kept["error"].fillna("").tolist() == frame["error"].fillna("").tolist()
