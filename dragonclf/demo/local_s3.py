@@ -76,9 +76,10 @@ class LocalS3:
         with (self.folder / "server.log").open("ab") as output:
             self._process = subprocess.Popen(
                 [
-                    command, "-logtostderr=true", "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-admin.ui=false",
-                    "-webdav=false", f"-s3.config={identities}", f"-s3.port={port}", "-s3.port.iceberg=0", "-s3.port.lance=0",
-                    f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-admin.port={admin}",
+                    command, "-logtostderr=true", "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+                    "-master.telemetry=false", "-admin.ui=false", "-webdav=false", f"-s3.config={identities}",
+                    f"-s3.port={port}", "-s3.port.iceberg=0", "-s3.port.lance=0", f"-master.port={master}",
+                    f"-volume.port={volume}", f"-filer.port={filer}", f"-admin.port={admin}",
                 ],
                 stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent,
             )  # fmt: skip

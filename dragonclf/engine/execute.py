@@ -117,10 +117,10 @@ class ShardActor:
         try:
             planned = plan.read_shard(self._run.uri, self._run.plan, shard)
             counts = runs.write_part(self._run, shard, self._opened().process(planned))
-        except* storage.StorageError as group:
-            kind, failure = "storage", _first(group)
-        except* ValueError as group:
-            kind, failure = "value", _first(group)
+        except storage.StorageError as error:
+            kind, failure = "storage", str(error)
+        except ValueError as error:
+            kind, failure = "value", str(error)
         return {"shard": [shard], "counts": [json.dumps(counts)], "kind": [kind], "failure": [failure]}
 
     def _opened(self) -> Pipeline:
@@ -128,10 +128,3 @@ class ShardActor:
             if self._pipeline is None:
                 self._pipeline = Pipeline(self._task.open(self._num_threads), num_threads=self._num_threads)
             return self._pipeline
-
-
-def _first(group: BaseExceptionGroup) -> str:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return str(error)

@@ -115,7 +115,10 @@ class ScoreWorker(_InferenceWorker):
             "model_version": pa.array([self._model_version] * count, pa.string()),
         }
         for name in planned.column_names[3:]:
-            columns[f"input_{name}" if name in columns else name] = planned[name]
+            free = name
+            while free in columns:
+                free = f"input_{free}"
+            columns[free] = planned[name]
         return pa.table(columns)
 
 

@@ -16,7 +16,11 @@ def save(run_uri: str, state: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     storage.put(_uri(run_uri, state["epoch"]), buffer.getvalue())
-    history: list[dict[str, float]] = state["history"]
+    write_results(run_uri, state["history"])
+
+
+def write_results(run_uri: str, history: list[dict[str, float]]) -> None:
+    """Write results.csv: one row per finished epoch."""
     table = io.StringIO()
     writer = csv.DictWriter(table, fieldnames=list(history[0]), lineterminator="\n")
     writer.writeheader()

@@ -23,6 +23,15 @@ log = logging.getLogger("dragonclf")
 SPLIT_FOLDERS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
 
 
+MEASURED = (
+    "width",
+    "height",
+    "sha256",
+    "status",
+    "error",
+)  # columns of our own: a manifest's of that name becomes input_<name>
+
+
 def index(config: IndexConfig) -> snapshot.Snapshot:
     """Read and check every image of `config.source` once, and write a snapshot under `config.out`.
 
@@ -144,6 +153,13 @@ def _label_prefix(table: pa.Table, source: str, labels: Counter[str]) -> pa.Tabl
 def _label_manifest(table: pa.Table, source: str, labels: Counter[str]) -> pa.Table:
     if "label" not in table.column_names:
         raise ValueError(f"the manifest {source} has no column 'label': it has {', '.join(table.column_names)}")
+    own = [f"input_{name}" if name in MEASURED else name for name in table.column_names]
+    if len(set(own)) < len(own):
+        twice = next(name for name in own if own.count(name) > 1)
+        raise ValueError(
+            f"the manifest {source} has the columns {twice.removeprefix('input_')!r} and {twice!r}: rename one"
+        )
+    table = table.rename_columns(own)
     for name in ("label", "split", "group"):
         column = table[name].cast(pa.string()) if name in table.column_names else pa.nulls(table.num_rows, pa.string())
         table = table.drop_columns(name) if name in table.column_names else table

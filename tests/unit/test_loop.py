@@ -179,3 +179,13 @@ def test_two_workers_train_as_one(tmp_path: Path):
     for alone, shared in zip(*rows, strict=True):
         assert shared["train_loss"] == pytest.approx(alone["train_loss"], abs=1e-6)
         assert shared["valid_accuracy"] == alone["valid_accuracy"]
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 10, 1000])
+def test_one_cycle_learns_in_a_run_of_any_length(total: int):
+    rates = [loop.one_cycle(step, total_steps=total) for step in range(total)]
+    assert max(rates) > 0.7
+    assert min(rates) > 0
+    peak = rates.index(max(rates))
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
