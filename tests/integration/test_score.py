@@ -84,6 +84,31 @@ def test_killed_driver_resumes_without_reading_finished_shards_again(
     proxy.close()
 
 
+def test_killed_actor_costs_no_row(s3_env: LocalS3, bucket: dict[str, bytes], small_bundle: str):
+    upload("s3://photos/actor", bucket)
+    host, port = s3_env.endpoint.removeprefix("http://").split(":")
+    proxy = CountingProxy((host, int(port)), delay_s=0.02)
+    out = "s3://work/actor-killed"
+    driver = commands.start(
+        "score", small_bundle, "s3://photos/actor", "--shard-images", str(SHARD_IMAGES), "--out", out,
+        env={"AWS_ENDPOINT_URL": proxy.endpoint},
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not any("/parts/" in found.uri for found in storage.list_objects(f"{out}/runs")):
+        assert driver.poll() is None, driver.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (actor,) = [p for p in psutil.Process(driver.pid).children(recursive=True) if "ShardActor" in " ".join(p.cmdline())]
+    actor.send_signal(signal.SIGKILL)
+    _, errors = driver.communicate(timeout=200)
+    assert driver.returncode == 0, errors
+    parts = [found.uri for found in storage.list_objects(f"{_only_run(out)}/parts")]
+    assert len(parts) == NUM_IMAGES // SHARD_IMAGES
+    uris = [uri for part in parts for uri in _uris(part)]
+    assert sorted(uris) == sorted(f"s3://photos/actor/{key}" for key in bucket)
+    proxy.close()
+
+
 def test_parts_read_anywhere_and_an_unchanged_bucket_is_not_scored_again(
     s3_env: LocalS3, bucket: dict[str, bytes], small_bundle: str, tmp_path: Path
 ):
