@@ -19,7 +19,10 @@ Advance = Callable[[int, dict[str, int]], None]
 
 @contextlib.contextmanager
 def images(verb: str, total: int) -> Iterator[Advance]:
-    """Yield a function that takes (images just done, their counts by status). Says the rate and what was not ok."""
+    """Yield a function that takes (images just done, their counts by status). Says the rate and what was not ok.
+
+    Images without counts were done before: they are progress, and no part of the rate.
+    """
     started = time.monotonic()
     counts: Counter[str] = Counter()
     if sys.stderr.isatty():
@@ -47,7 +50,7 @@ def images(verb: str, total: int) -> Iterator[Advance]:
         counts.update(by_status)
         now = time.monotonic()
         if now - last >= LINE_EVERY_S or (done == total and count):
-            rate = done / max(now - started, 1e-9)
+            rate = sum(counts.values()) / max(now - started, 1e-9)
             log.info("%s: %s of %s images, %.0f/s %s", verb, f"{done:,}", f"{total:,}", rate, _not_ok(counts))
             last = now
 

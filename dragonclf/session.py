@@ -22,14 +22,16 @@ LOCAL_OBJECT_STORE_BYTES = 256 * 2**20  # pixels never cross it
 
 
 @contextlib.contextmanager
-def connect(address: str, *, debug: bool = False) -> Iterator[None]:
+def connect(address: str) -> Iterator[None]:
     """Run the body on a Ray: a fresh one on loopback that ends with it (``local``), the cluster at `address`, or the one here (``auto``).
 
-    An enclosing `connect` or `ray.init` is reused. Raises ValueError if there is no Ray at the address.
+    An enclosing `connect` or `ray.init` is reused. Ray and its workers log to stderr if dragonclf's log is at DEBUG.
+    Raises ValueError if there is no Ray at the address.
     """
     if ray.is_initialized():
         yield
         return
+    debug = log.isEnabledFor(logging.DEBUG)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if address == LOCAL:
@@ -74,7 +76,6 @@ def _start_local(debug: bool) -> None:
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # else `uv run` ships the whole working folder
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     # Ray's switch for desktops makes every server of this Ray listen on 127.0.0.1 alone; children read it from the environment.
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False

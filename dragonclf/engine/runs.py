@@ -2,7 +2,7 @@
 
     OUT/_latest.json                      pointer to the newest published run: a convenience, repaired by the next run
     OUT/runs/SPEC-00001/run.json          the claim: spec and number, written by If-None-Match
-                        plan/*.parquet    the images of each shard; plan.json last
+                        plan/HASH/        the images of each shard; plan.json, last, names the HASH that counts
                         parts/*.parquet   one file a shard, named after it, written by If-None-Match
                         parts.parquet     one row a part: shard, rows, etag, counts by status
                         _manifest.json    the publication, by If-None-Match, last

@@ -70,12 +70,18 @@ def score_rows(
     else:
         log.info("%s: model %s by %s, run %s", verb, loaded.version, execution, run.uri)
         task = inference.ScoreTask(loaded.uri, loaded.version, execution, config.batch_size, limits)
-        started, waiting = time.monotonic(), len(runs.missing_shards(run))
+        started, scored = time.monotonic(), 0
         with session.connect(config.address), progress.images(verb, run.plan.num_images) as advance:
+
+            def count(num_images: int, by_status: dict[str, int]) -> None:
+                nonlocal scored
+                scored += sum(by_status.values())
+                advance(num_images, by_status)
+
             manifest = execute.execute(
-                run, task, advance, num_actors=config.num_actors, cpus_per_actor=config.cpus_per_actor
+                run, task, count, num_actors=config.num_actors, cpus_per_actor=config.cpus_per_actor
             )
-        rate = run.plan.num_images * waiting / run.plan.num_shards / (time.monotonic() - started)
+        rate = scored / (time.monotonic() - started)
     return ScoreSummary(
         run=run.uri, parts=storage.join(run.uri, "parts"), num_images=manifest.num_images, counts=manifest.counts,
         model_version=loaded.version, execution=str(execution), images_per_s=rate,

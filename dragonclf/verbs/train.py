@@ -86,16 +86,17 @@ def train(config: TrainConfig) -> TrainSummary:
         log.info("train: nothing to do: the run at %s is finished", run_uri)
         return _summary(run_uri, bundle.load_bundle(model_uri), snapshot)
     log.info("train: %s with weights from %s on snapshot %s, run %s", config.arch, source, snapshot.info.id, run_uri)
+    digest = zoo.backbone_digest(backbone)
     with session.connect(config.address):
         job = worker.TrainJob(
             run_uri=run_uri,
             snapshot=snapshot,
-            features_uri=_compute_features(config, execution, snapshot, source, backbone)
+            features_uri=_compute_features(config, execution, snapshot, source, backbone, digest)
             if config.precompute
             else None,
             arch=config.arch,
             pretrained=source,
-            backbone_digest=zoo.backbone_digest(backbone),
+            backbone_digest=digest,
             size=config.size,
             recipe=loop.Recipe.model_validate(config.model_dump(include=set(loop.Recipe.model_fields))),
             num_threads=_cpus_per_worker(config),
@@ -106,16 +107,16 @@ def train(config: TrainConfig) -> TrainSummary:
 
 
 def _compute_features(
-    config: TrainConfig, execution: Execution, snapshot: Snapshot, source: str, backbone: nn.Module
+    config: TrainConfig, execution: Execution, snapshot: Snapshot, source: str, backbone: nn.Module, digest: str
 ) -> str:
     """Features of all training and validation images, by the engine: resumed if killed, reused if the same were computed before."""
     transform = zoo.transform_for(backbone, size=config.size)
     task = inference.FeatureTask(
-        config.arch, source, zoo.backbone_digest(backbone), config.size, execution, config.batch_size,
+        config.arch, source, digest, config.size, execution, config.batch_size,
         inference.Limits(MAX_IMAGE_BYTES, MAX_PIXELS),
     )  # fmt: skip
     spec = {
-        "backbone": task.digest, "transform": transform.digest, "execution": execution.model_dump(), "snapshot": snapshot.info.id,
+        "backbone": digest, "transform": transform.digest, "execution": execution.model_dump(), "snapshot": snapshot.info.id,
     }  # fmt: skip
     columns = ["uri", "etag", "size", "label", "split"]
 

@@ -141,3 +141,8 @@ def test_debug_shows_the_traceback(tmp_path: Path):
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "open_snapshot" in done.stderr
+
+
+def test_debug_shows_rays_own_log(photos: Path, tmp_path: Path):
+    command = ["index", str(photos), "--out", str(tmp_path / "out"), "--valid-fraction", "0.000001"]
+    assert "Started a local Ray instance" in commands.run(*command, "--debug").stderr

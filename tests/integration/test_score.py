@@ -80,7 +80,7 @@ def test_killed_driver_resumes_without_reading_finished_shards_again(
     assert set(read.values()) == {1}
     assert {part: storage.stat(part) for part in parts} == before
     ours = _frame(resumed["parts"], tmp_path / "resumed")
-    pd.testing.assert_frame_equal(ours, _frame(undisturbed["parts"], tmp_path / "undisturbed"))
+    pd.testing.assert_frame_equal(ours, _frame(undisturbed["parts"], tmp_path / "undisturbed"), check_exact=True)
     proxy.close()
 
 
