@@ -11,11 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dragonclf.storage import local, s3
-from dragonclf.storage.errors import AccessDeniedError, ObjectInfo, ObjectMissingError, PreconditionError, StorageError
+from dragonclf.storage.errors import (
+    AccessDeniedError,
+    CredentialsError,
+    ObjectInfo,
+    ObjectMissingError,
+    PreconditionError,
+    StorageError,
+    UnconditionalStoreError,
+)
 
 __all__ = [
-    "AccessDeniedError", "ObjectInfo", "ObjectMissingError", "StorageError", "fetch", "get", "get_if_exists", "is_s3", "join",
-    "list_objects", "name", "put", "put_if_absent", "put_if_match", "resolve", "stat",
+    "AccessDeniedError", "CredentialsError", "ObjectInfo", "ObjectMissingError", "StorageError", "UnconditionalStoreError",
+    "fetch", "get", "get_if_exists", "is_s3", "join", "keeps_conditions", "list_objects", "name", "put", "put_if_absent", "put_if_match", "resolve", "stat",
 ]  # fmt: skip
 
 MAX_CONFLICTS = 10
@@ -87,31 +95,52 @@ def put(uri: str, data: bytes) -> None:
     _store(uri).put(uri, data)
 
 
-def put_if_absent(uri: str, data: bytes) -> bool:
+def put_if_absent(uri: str, data: bytes, *, atomic: bool = True) -> bool:
     """Write the object only if there is none. True if it now holds exactly `data`, False if it holds something else.
 
     A store may answer "exists" to the retry of a write of our own that it had kept, so the object is read back and compared.
+    Without `atomic` the object is looked for and then written: for stores without conditional writes, and no more than one writer.
     """
     for _ in range(MAX_CONFLICTS):
+        found = None if atomic else get_if_exists(uri)
         try:
-            _store(uri).create(uri, data)
+            if found is None:
+                (_store(uri).create if atomic else put)(uri, data)
+                return True
         except PreconditionError:
-            found = get_if_exists(uri)
-            if found is not None:
-                return found[0] == data
-            # S3 answers so too while another write is under way, which may yet fail; or the object was deleted since.
-        else:
-            return True
+            found = get_if_exists(uri)  # None: it was deleted since
+        if found is not None:
+            return found[0] == data
     raise StorageError(f"cannot write {uri}: other writes kept conflicting with it: run the command again")
 
 
-def put_if_match(uri: str, data: bytes, etag: str) -> bool:
+def put_if_match(uri: str, data: bytes, etag: str, *, atomic: bool = True) -> bool:
     """Replace the object only if its etag is still `etag`. False if it changed or is gone (unless it holds `data` already)."""
     try:
-        _store(uri).replace(uri, data, etag=etag)
+        if atomic:
+            _store(uri).replace(uri, data, etag=etag)
+            return True
     except (PreconditionError, ObjectMissingError):
         found = get_if_exists(uri)
         return found is not None and found[0] == data
+    found = stat(uri)
+    if found is None or found.etag != etag:
+        return False
+    put(uri, data)
+    return True
+
+
+def keeps_conditions(uri: str, data: bytes) -> bool:
+    """Whether the store refuses conditional writes whose condition does not hold; tried on an object that holds `data`, with the same."""
+    store = _store(uri)
+    for write in (lambda: store.create(uri, data), lambda: store.replace(uri, data, etag="0" * 32)):
+        try:
+            write()
+        except PreconditionError:
+            continue
+        except UnconditionalStoreError:
+            return False
+        return False
     return True
 
 

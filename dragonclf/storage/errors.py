@@ -15,6 +15,14 @@ class AccessDeniedError(StorageError):
     """The credentials are valid but may not do this to this object."""
 
 
+class CredentialsError(StorageError):
+    """There are no credentials, or the store refuses them: no other object would fare better."""
+
+
+class UnconditionalStoreError(StorageError):
+    """The store says that it has no conditional writes."""
+
+
 class PreconditionError(Exception):
     """A conditional write found the object in another state. Stays inside this package."""
 

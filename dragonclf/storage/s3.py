@@ -2,16 +2,19 @@
 
 boto3 lists, writes and owns the credentials chain (environment, profile, SSO, instance and pod roles; endpoint and region by the
 standard ``AWS_*`` variables). obstore fetches image bytes, at a third of boto3's CPU, wherever its normalised path equals the key;
-boto3 fetches the rest. Retries on throttling, 5xx and lost connections are bounded, with backoff and jitter.
+boto3 fetches the rest. Throttling, 5xx and lost connections are tried again with backoff and jitter, for a bounded time: what
+does not pass in half a minute is for a person, not for patience.
 """
 
 import asyncio
 import contextlib
 import functools
+import random
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import boto3
 import botocore.exceptions
@@ -23,10 +26,12 @@ from obstore.store import S3Store
 
 from dragonclf.storage.errors import (
     AccessDeniedError,
+    CredentialsError,
     ObjectInfo,
     ObjectMissingError,
     PreconditionError,
     StorageError,
+    UnconditionalStoreError,
     first_line,
     missing,
 )
@@ -34,19 +39,28 @@ from dragonclf.storage.errors import (
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-CONNECT_TIMEOUT_S = 10
-READ_TIMEOUT_S = 60
-MAX_ATTEMPTS = 6
+CONNECT_TIMEOUT_S = 5
+READ_TIMEOUT_S = 15  # between two bytes of an answer
+FETCH_TIMEOUT_S = 25  # of one image, whole
+RETRY_S = 20  # an operation is begun again for so long, so that it ends within RETRY_S + the timeout of one try
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 5.0
+
+_Result = TypeVar("_Result")
 
 _CREDENTIAL_CODES = {
     "ExpiredToken", "ExpiredTokenException", "InvalidAccessKeyId", "InvalidToken", "RequestExpired", "RequestTimeTooSkewed",
     "SignatureDoesNotMatch", "TokenRefreshRequired", "UnrecognizedClientException",
 }  # fmt: skip
-_BODY_LOST = (
+_PASSING = (
+    botocore.exceptions.ConnectionError,
+    botocore.exceptions.HTTPClientError,
     botocore.exceptions.IncompleteReadError,
-    botocore.exceptions.ReadTimeoutError,
-    botocore.exceptions.ResponseStreamingError,
 )
+_PASSING_CODES = {
+    "InternalError", "RequestTimeout", "RequestTimeoutException", "ServiceUnavailable", "SlowDown", "Throttling",
+    "ThrottlingException", "RequestLimitExceeded", "TooManyRequests", "TooManyRequestsException", "ConditionalRequestConflict",
+}  # fmt: skip
+_PASSING_STATUSES = {429, 500, 502, 503, 504}
 
 
 def split(uri: str) -> tuple[str, str]:
@@ -59,67 +73,60 @@ def list_objects(uri: str) -> Iterator[ObjectInfo]:
     bucket, prefix = split(uri)
     if prefix and not prefix.endswith("/"):
         prefix += "/"
-    pages = iter(_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix))
+    after: dict[str, str] = {}
     while True:
-        with _errors("list", uri):
-            page = next(pages, None)
-        if page is None:
-            return
+        page = _call("list", uri, lambda: _client().list_objects_v2(Bucket=bucket, Prefix=prefix, **after))  # noqa: B023  called at once
         for item in page.get("Contents", []):
             assert "Key" in item
             assert "ETag" in item
             assert "Size" in item
             yield ObjectInfo(f"s3://{bucket}/{item['Key']}", item["ETag"].strip('"'), item["Size"])
+        if not page.get("IsTruncated"):
+            return
+        after = {"ContinuationToken": page.get("NextContinuationToken", "")}
 
 
 def stat(uri: str) -> ObjectInfo | None:
     bucket, key = split(uri)
     if not key:
         return None
+
+    def head() -> ObjectInfo:
+        try:
+            found = _client().head_object(Bucket=bucket, Key=key)
+        except botocore.exceptions.ClientError as error:
+            if error.response.get("Error", {}).get("Code") in ("400", "403"):
+                _client().get_object(Bucket=bucket, Key=key)[
+                    "Body"
+                ].close()  # a HEAD's answer has no room for the cause
+            raise
+        return ObjectInfo(uri, found["ETag"].strip('"'), found["ContentLength"])
+
     try:
-        with _errors("read", uri):
-            try:
-                head = _client().head_object(Bucket=bucket, Key=key)
-            except botocore.exceptions.ClientError as error:
-                if error.response.get("Error", {}).get("Code") in ("400", "403"):
-                    _client().get_object(Bucket=bucket, Key=key)[
-                        "Body"
-                    ].close()  # the answer to a HEAD has no room for the cause
-                raise
+        return _call("read", uri, head)
     except ObjectMissingError:
         return None
-    return ObjectInfo(uri, head["ETag"].strip('"'), head["ContentLength"])
 
 
 def get(uri: str, *, last_bytes: int | None = None) -> tuple[bytes, str]:
-    with _errors("read", uri):
-        for attempts_left in reversed(range(MAX_ATTEMPTS)):
-            try:
-                return _get(uri, last_bytes)
-            except _BODY_LOST:  # botocore retries until the headers are there
-                if not attempts_left:
-                    raise
-    raise AssertionError
+    return _call("read", uri, lambda: _get(uri, last_bytes))
 
 
 def put(uri: str, data: bytes) -> None:
     bucket, key = split(uri)
-    with _errors("write", uri):
-        _client().put_object(Bucket=bucket, Key=key, Body=data)
+    _call("write", uri, lambda: _client().put_object(Bucket=bucket, Key=key, Body=data))
 
 
 def create(uri: str, data: bytes) -> None:
     """Write by If-None-Match. PreconditionError if the object exists, perhaps by a write of ours whose answer was lost."""
     bucket, key = split(uri)
-    with _errors("write", uri):
-        _client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+    _call("write", uri, lambda: _client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*"))
 
 
 def replace(uri: str, data: bytes, *, etag: str) -> None:
     """Write by If-Match. PreconditionError or ObjectMissingError if the object is not as `etag` says."""
     bucket, key = split(uri)
-    with _errors("write", uri):
-        _client().put_object(Bucket=bucket, Key=key, Body=data, IfMatch=f'"{etag}"')
+    _call("write", uri, lambda: _client().put_object(Bucket=bucket, Key=key, Body=data, IfMatch=f'"{etag}"'))
 
 
 def _get(uri: str, last_bytes: int | None) -> tuple[bytes, str]:
@@ -147,6 +154,8 @@ async def fetch(uri: str) -> tuple[bytes, str]:
         found = await obstore.get_async(store, key)
         return bytes(await found.bytes_async()), (found.meta["e_tag"] or "").strip('"')
     except FileNotFoundError as error:
+        if "NoSuchBucket" in str(error):
+            raise _no_bucket("read", uri) from error
         raise missing("read", uri) from error
     except (PermissionDeniedError, UnauthenticatedError) as error:
         code = re.search(r"<Code>(\w+)</Code>", str(error))
@@ -173,7 +182,7 @@ def _client() -> "S3Client":
         config=Config(
             connect_timeout=CONNECT_TIMEOUT_S,
             read_timeout=READ_TIMEOUT_S,
-            retries={"mode": "standard", "total_max_attempts": MAX_ATTEMPTS},
+            retries={"mode": "standard", "total_max_attempts": 1},  # `_call` tries again, within a time
             max_pool_connections=64,
         ),
     )
@@ -185,8 +194,7 @@ def _obstore(bucket: str) -> S3Store:
     client = _client()
     endpoint = client.meta.endpoint_url
     is_aws = endpoint.removesuffix("/").endswith((".amazonaws.com", ".amazonaws.com.cn"))
-    with _errors("find", f"s3://{bucket}"):
-        region = _region(bucket)
+    region = _call("find", f"s3://{bucket}", lambda: _region(bucket))
     return S3Store(
         bucket,
         region=region,
@@ -195,9 +203,17 @@ def _obstore(bucket: str) -> S3Store:
         client_options={
             "allow_http": not is_aws and endpoint.startswith("http://"),
             "connect_timeout": f"{CONNECT_TIMEOUT_S}s",
-            "timeout": f"{READ_TIMEOUT_S}s",
+            "timeout": f"{FETCH_TIMEOUT_S}s",
         },
-        retry_config={"max_retries": MAX_ATTEMPTS - 1, "retry_timeout": timedelta(seconds=2 * READ_TIMEOUT_S)},
+        retry_config={
+            "max_retries": 20,
+            "retry_timeout": timedelta(seconds=RETRY_S),
+            "backoff": {
+                "init_backoff": timedelta(seconds=FIRST_WAIT_S),
+                "max_backoff": timedelta(seconds=LONGEST_WAIT_S),
+                "base": 2,
+            },
+        },
     )
 
 
@@ -215,15 +231,42 @@ def _region(bucket: str) -> str:
 
 def _denied(operation: str, uri: str, code: str) -> StorageError:
     if code == "RequestTimeTooSkewed":
-        return StorageError(f"cannot {operation} {uri}: this machine's clock is wrong ({code}): set it")
+        return CredentialsError(f"cannot {operation} {uri}: this machine's clock is wrong ({code}): set it")
     if code in _CREDENTIAL_CODES:
-        return StorageError(
+        return CredentialsError(
             f"cannot {operation} {uri}: the store refuses the credentials ({code}): "
             "check AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or sign in again"
         )
     return AccessDeniedError(
         f"cannot {operation} {uri}: access denied ({code}): give this identity the right to {operation} it"
     )
+
+
+def _no_bucket(operation: str, uri: str) -> StorageError:
+    return StorageError(
+        f"cannot {operation} {uri}: there is no bucket {split(uri)[0]!r}: check its name, AWS_REGION and AWS_ENDPOINT_URL"
+    )
+
+
+def _call(operation: str, uri: str, action: Callable[[], _Result]) -> _Result:
+    """Run a request, and again while its failure may pass and the time is not over. What a write did before it failed, it may do twice."""
+    deadline, wait_s = time.monotonic() + RETRY_S, FIRST_WAIT_S
+    while True:
+        with _errors(operation, uri):
+            try:
+                return action()
+            except (*_PASSING, botocore.exceptions.ClientError) as error:
+                if not _may_pass(error) or time.monotonic() + wait_s > deadline:
+                    raise
+        time.sleep(wait_s * random.uniform(0.5, 1.0))
+        wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+
+
+def _may_pass(error: Exception) -> bool:
+    if not isinstance(error, botocore.exceptions.ClientError):
+        return True
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return status in _PASSING_STATUSES or error.response.get("Error", {}).get("Code") in _PASSING_CODES
 
 
 @contextlib.contextmanager
@@ -234,13 +277,14 @@ def _errors(operation: str, uri: str) -> Iterator[None]:
     except botocore.exceptions.ClientError as error:
         code = error.response.get("Error", {}).get("Code", "")
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        if code in ("PreconditionFailed", "ConditionalRequestConflict") or status == 412:
+        if code == "PreconditionFailed" or status == 412:
             raise PreconditionError from error
-        if code == "NoSuchBucket" or (code == "404" and not split(uri)[1]):
-            bucket = split(uri)[0]
-            raise StorageError(
-                f"cannot {operation} {uri}: there is no bucket {bucket!r}: check its name, AWS_REGION and AWS_ENDPOINT_URL"
+        if code == "NotImplemented" or status == 501:
+            raise UnconditionalStoreError(
+                f"cannot {operation} {uri}: the store cannot do this: {first_line(error)}"
             ) from error
+        if code == "NoSuchBucket" or (code == "404" and not split(uri)[1]):
+            raise _no_bucket(operation, uri) from error
         if code in ("NoSuchKey", "404"):
             raise missing(operation, uri) from error
         if code in _CREDENTIAL_CODES or status in (401, 403):
@@ -253,7 +297,7 @@ def _errors(operation: str, uri: str) -> Iterator[None]:
             f"cannot {operation} {uri}: no such name is possible: {' '.join(str(error).split())}"
         ) from error
     except botocore.exceptions.NoCredentialsError as error:
-        raise StorageError(
+        raise CredentialsError(
             f"cannot {operation} {uri}: no AWS credentials found: set AWS_PROFILE, or AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or run where a role is attached"
         ) from error

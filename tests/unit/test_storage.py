@@ -345,7 +345,7 @@ def test_s3_refused_credentials_are_not_blamed_on_rights(
             storage.StorageError, match=f"cannot {name.split()[0]} s3://work/creds.*AWS_SECRET_ACCESS_KEY"
         ) as caught:
             call()
-        assert type(caught.value) is storage.StorageError, name
+        assert type(caught.value) is storage.CredentialsError, name
         assert not any(word in str(caught.value) for word in secrets)
 
 
