@@ -25,6 +25,7 @@ _RGB = torchvision.io.ImageReadMode.RGB.value
 _FORMATS = (
     "AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI", "TIFF", "WEBP",
 )  # fmt: skip
+_NO_MEMORY = re.compile(r"can't allocate memory|Insufficient memory|out of memory", re.I)  # torch's and libjpeg's words
 _COMMON_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
 Image.init()  # all plugins, now: when threads make Pillow load them late, one thread can miss those that another is loading
 # Without PNG: one wrong byte in its data makes torchvision 0.29's decoder end the process (SIGSEGV). Pillow costs 6 to 18 % of speed there.
@@ -43,7 +44,8 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
     """Return the image in `data` as a uint8 tensor (3, height, width), RGB, upright.
 
     Raises:
-        ImageError: `unreadable` (empty, truncated, damaged), `unsupported` (no known image format), `too_many_pixels`. Nothing else.
+        ImageError: `unreadable` (empty, truncated, damaged), `unsupported` (no known image format), `too_many_pixels`.
+        MemoryError: there was not enough memory, which says nothing of the image. Nothing else is raised.
     """
     if not data:
         raise ImageError("unreadable", "the file is empty")
@@ -55,7 +57,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
             raise ImageError("too_many_pixels", f"{width} x {height} pixels, over the limit of {max_pixels:,}")
         pixels = _pixels(image, data)
         return _upright(pixels, _orientation(image))
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
     except UnidentifiedImageError as error:
         if data.startswith(_COMMON_SIGNATURES):
@@ -63,6 +65,8 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
         raise ImageError("unsupported", "not an image in a known format") from error
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if _NO_MEMORY.search(reason):
+            raise MemoryError(reason) from error
         reason = re.sub(r"^.*\.cpp:\d+, ", "", reason)  # where in torchvision's source it was raised
         raise ImageError("unreadable", f"cannot be decoded: {reason}") from error
 

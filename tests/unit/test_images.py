@@ -8,6 +8,7 @@ import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -317,3 +318,19 @@ _SAMPLES = {
     kind: saved(Image.fromarray(picture()), kind)
     for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "QOI", "PCX", "SGI", "AVIF")
 }
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_thousands_of_frames_the_first_is_decoded_and_no_other(kind: str, monkeypatch: pytest.MonkeyPatch):
+    frames = [Image.new("RGB", (8, 8), (i % 256, i // 256, 99)) for i in range(2000)]
+    buffer = io.BytesIO()
+    lossless: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
+    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:], **lossless)
+    sought: list[int] = []
+    plugin = type(Image.open(io.BytesIO(buffer.getvalue())))
+    seek = plugin.seek
+    monkeypatch.setattr(plugin, "seek", lambda self, frame: (sought.append(frame), seek(self, frame))[1])
+    decoded = decode(buffer.getvalue())
+    assert decoded.shape == (3, 8, 8)
+    assert decoded[:, 0, 0].tolist() == [0, 0, 99]
+    assert set(sought) <= {0}

@@ -1,0 +1,153 @@
+"""Decode in a process of its own, so that what kills or hangs a decoder costs that process and names the image.
+
+Slower than `images.decode` by the copy of the pixels, so it is for images near one that killed a process. The child runs `images.decode`
+and nothing else; bytes go in and pixels come out through pipes, each message a line of JSON and then as many bytes as it says.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from typing import IO, Any
+
+import torch
+
+from dragonclf.config import MAX_PIXELS
+from dragonclf.data import images
+from dragonclf.data.images import ImageError
+
+TRIES = 2  # an image is blamed when it ended this many fresh or proven processes
+
+
+class Decoder:
+    """A child process, started when needed and again after its death. One image at a time; not for several threads."""
+
+    def __init__(self, *, max_pixels: int = MAX_PIXELS, max_bytes: int, max_s: float):
+        """`max_bytes` is the memory that decoding one image may take, `max_s` the seconds."""
+        self._max_pixels, self._max_bytes, self._max_s = max_pixels, max_bytes, max_s
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def decode(self, data: bytes) -> torch.Tensor:
+        """Return what `images.decode` does.
+
+        Raises:
+            ImageError: as `images.decode`; `timeout` (took longer than `max_s`), `decoder_crash` (ended the process twice, or needs
+                more than `max_bytes`).
+        """
+        for tries_left in reversed(range(TRIES)):
+            child = self._started()
+            hung = threading.Event()
+            alarm = threading.Timer(self._max_s, _end, (child, hung))
+            alarm.start()
+            try:
+                assert child.stdin is not None
+                assert child.stdout is not None
+                _send(child.stdin, {}, data)
+                answer, pixels = _receive(child.stdout)
+            except (OSError, EOFError):
+                code = child.wait()
+                self.close()
+                if hung.is_set():
+                    raise ImageError("timeout", f"could not be decoded in {self._max_s:g} s") from None
+                if not tries_left:
+                    raise ImageError("decoder_crash", f"ends the process that decodes it ({_name(code)})") from None
+            else:
+                if "status" in answer:
+                    raise ImageError(answer["status"], answer["reason"])
+                return torch.frombuffer(pixels, dtype=torch.uint8).reshape(answer["shape"])
+            finally:
+                alarm.cancel()
+        raise AssertionError
+
+    def close(self) -> None:
+        """End the child."""
+        if self._child is not None:
+            self._child.kill()
+            self._child.communicate()
+            self._child = None
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._child is None or self._child.poll() is not None:
+            self.close()
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", __spec__.name, str(self._max_pixels), str(self._max_bytes)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=os.environ | {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"},
+            )
+            assert self._child.stdout is not None
+            try:
+                _receive(self._child.stdout)  # it is ready: its start does not count as the image's time
+            except EOFError:
+                code = self._child.wait()
+                self.close()
+                raise RuntimeError(
+                    f"the process that decodes alone does not start: it ended with {_name(code)}"
+                ) from None
+        return self._child
+
+
+def _end(child: subprocess.Popen[bytes], hung: threading.Event) -> None:
+    hung.set()
+    child.kill()
+
+
+def _name(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    with contextlib.suppress(ValueError):
+        return signal.Signals(-code).name
+    return f"signal {-code}"
+
+
+def _send(pipe: IO[bytes], header: dict[str, Any], payload: bytes | memoryview = b"") -> None:
+    pipe.write(json.dumps(header | {"num_bytes": len(payload)}).encode() + b"\n")
+    pipe.write(payload)
+    pipe.flush()
+
+
+def _receive(pipe: IO[bytes]) -> tuple[dict[str, Any], bytearray]:
+    line = pipe.readline()
+    if not line:
+        raise EOFError
+    header = json.loads(line)
+    payload = bytearray(header["num_bytes"])
+    view = memoryview(payload)
+    while view:
+        count = pipe.readinto(view)  # type: ignore[attr-defined]
+        if not count:
+            raise EOFError
+        view = view[count:]
+    return header, payload
+
+
+def _serve(max_pixels: int, max_bytes: int) -> None:
+    torch.set_num_threads(1)
+    with open("/proc/self/status") as file:
+        now = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmData:"))
+    resource.setrlimit(resource.RLIMIT_DATA, (now + max_bytes, now + max_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a codec prints is no answer
+    _send(answers, {})
+    while True:
+        try:
+            _, data = _receive(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            image = images.decode(bytes(data), max_pixels=max_pixels)
+            _send(answers, {"shape": list(image.shape)}, image.numpy().reshape(-1).data)
+        except ImageError as error:
+            _send(answers, {"status": error.status, "reason": error.reason})
+        except MemoryError:
+            reason = f"needs more than {max_bytes / 2**20:,.0f} MiB of memory to be decoded"
+            _send(answers, {"status": "decoder_crash", "reason": reason})
+
+
+if __name__ == "__main__":
+    _serve(*map(int, sys.argv[1:]))

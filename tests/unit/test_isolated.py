@@ -1,0 +1,71 @@
+"""Decoding in a process of its own: the same pixels and errors; what kills, starves or hangs it is told from its neighbours."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from dragonclf.data import images, isolated
+from tests import codec
+from tests.conftest import encoded
+
+MIB = 2**20
+
+
+@pytest.fixture
+def decoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[isolated.Decoder]:
+    for name, value in codec.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    made = isolated.Decoder(max_pixels=10_000, max_bytes=256 * MIB, max_s=2.0)
+    yield made
+    made.close()
+
+
+def test_pixels_and_errors_are_those_of_decode(decoder: isolated.Decoder):
+    for kind in ("JPEG", "PNG", "WEBP", "GIF"):
+        data = encoded(kind)
+        assert torch.equal(decoder.decode(data), images.decode(data))
+    for data in (b"", b"text", encoded()[:300], encoded(size=(200, 51))):
+        with pytest.raises(images.ImageError) as ours:
+            decoder.decode(data)
+        with pytest.raises(images.ImageError) as theirs:
+            images.decode(data, max_pixels=10_000)
+        assert (ours.value.status, ours.value.reason) == (theirs.value.status, theirs.value.reason)
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "reason"),
+    [
+        (codec.picture("die"), "decoder_crash", "ends the process that decodes it (SIGSEGV)"),
+        (codec.picture("eat", mib=512), "decoder_crash", "needs more than 256 MiB of memory to be decoded"),
+        (codec.picture("hang"), "timeout", "could not be decoded in 2 s"),
+    ],
+    ids=["die", "eat", "hang"],
+)
+def test_a_killer_is_named_and_its_neighbours_are_decoded(
+    data: bytes, status: str, reason: str, decoder: isolated.Decoder
+):
+    good = encoded("PNG")
+    assert torch.equal(decoder.decode(good), images.decode(good))
+    with pytest.raises(images.ImageError) as caught:
+        decoder.decode(data)
+    assert (caught.value.status, caught.value.reason) == (status, reason)
+    assert torch.equal(decoder.decode(good), images.decode(good))
+
+
+def test_one_death_from_outside_blames_no_image(decoder: isolated.Decoder):
+    good = encoded("PNG")
+    decoder.decode(good)
+    assert decoder._child is not None
+    decoder._child.kill()
+    assert torch.equal(decoder.decode(good), images.decode(good))
+
+
+def test_what_fits_the_memory_is_decoded(decoder: isolated.Decoder):
+    assert decoder.decode(codec.picture("eat", mib=64)).shape == (3, 30, 40)
+
+
+def test_a_decoder_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PYTHONHOME", "/nonexistent")
+    with pytest.raises(RuntimeError, match="does not start: it ended with exit code 1"):
+        isolated.Decoder(max_bytes=MIB, max_s=2.0).decode(encoded())
