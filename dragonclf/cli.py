@@ -1,7 +1,8 @@
 """`dragonclf`: one command a verb. Progress and errors go to stderr, the result to stdout.
 
 Exit codes: 0 done; 1 done, with images that could not be predicted; 2 the request is wrong (the message says what and how to mend it);
-3 storage or workers failed (the same command resumes); 130 or 143 interrupted by Ctrl-C or SIGTERM (likewise).
+3 storage, network, credentials, disk or workers failed (the same command resumes); 4 another driver is at work on it; 5 done, with more
+errors than --max-error-rate; 130 or 143 interrupted by Ctrl-C or SIGTERM (likewise).
 """
 
 import importlib
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dragonclf import config, options
+from dragonclf.outcomes import BusyError, TooManyErrorsError
 from dragonclf.storage import StorageError
 
 log = logging.getLogger("dragonclf")
@@ -101,6 +103,14 @@ def report_errors(action: Callable[[], int], *, debug: bool) -> int:
         text = options.explain(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
         typer.echo(f"dragonclf: error: {text}", err=True)
         return 3 if isinstance(error, StorageError) else 2
+    except (BusyError, TooManyErrorsError) as error:
+        typer.echo(f"dragonclf: {error}", err=True)
+        return 4 if isinstance(error, BusyError) else 5
+    except OSError as error:  # this machine's: a full disk, no file descriptors
+        if debug:
+            raise
+        typer.echo(f"dragonclf: error: {error}; the same command resumes", err=True)
+        return 3
     except KeyboardInterrupt as interrupt:
         typer.echo("dragonclf: interrupted; the same command resumes", err=True)
         return 128 + (signal.SIGTERM if isinstance(interrupt, _Terminated) else signal.SIGINT)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from dragonclf import storage
 
 MAX_IMAGE_BYTES = 256 * 2**20
+MAX_IMAGE_S = 60.0
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter gigabyte of RGB
 
 
@@ -44,6 +45,39 @@ class LimitsConfig(_Config):
 
     max_image_bytes: int = Field(default=MAX_IMAGE_BYTES, ge=1, description="Bytes of an encoded image, at most.")
     max_pixels: int = Field(default=MAX_PIXELS, ge=1, description="Pixels of a decoded image, at most.")
+    max_image_s: float = Field(
+        default=MAX_IMAGE_S,
+        gt=0,
+        description="Seconds to decode an image, at most. What takes longer is ended, status timeout.",
+    )
+
+
+class RunConfig(_Config):
+    """What a run does about errors, earlier runs and other drivers."""
+
+    max_error_rate: float = Field(
+        default=0.2,
+        ge=0,
+        le=1,
+        description="Share of images without a result past which a run, complete as it is, is not made the latest (exit code 5).",
+    )
+    retry_errors: bool = Field(
+        default=False,
+        description="Make a new run out of the newest one: try again what was missing, denied, timeout or decoder_crash, keep the rest.",
+    )
+    new_run: bool = Field(
+        default=False, description="Make a new run though the newest one is finished and its input has not changed."
+    )
+    at_least_once: bool = Field(
+        default=False,
+        description="Accept a store without conditional writes, where nothing keeps a second driver from writing over this one.",
+    )
+    max_actor_bytes: int | None = Field(
+        default=None,
+        ge=2**28,
+        description="Memory of a worker process; past it the process is ended, and its images are decoded one by one. None: its share of "
+        "the node's.",
+    )
 
 
 class ExecutionConfig(_Config):
@@ -63,7 +97,7 @@ class ExecutionConfig(_Config):
     )
 
 
-class IndexConfig(RayConfig, LimitsConfig):
+class IndexConfig(RayConfig, LimitsConfig, RunConfig):
     """Options of `index`."""
 
     source: str = Field(
@@ -78,7 +112,7 @@ class IndexConfig(RayConfig, LimitsConfig):
     seed: int = Field(default=0, ge=0, description="Draws the validation images.")
 
 
-class ScoringConfig(RayConfig, LimitsConfig, ExecutionConfig):
+class ScoringConfig(RayConfig, LimitsConfig, ExecutionConfig, RunConfig):
     """What all that score images share."""
 
     model: str = Field(description="Model bundle: a folder or s3:// prefix.", json_schema_extra={"positional": True})

@@ -5,19 +5,22 @@ import logging
 import os
 import secrets
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
 import ray
 import ray.data
 import torch
-from ray._private import ray_constants
+from ray._private import ray_constants, worker
 
 from dragonclf.storage import StorageError
 
 log = logging.getLogger("dragonclf")
 
 LOCAL = "local"
+RAYLET_GONE = 3  # exit code
+RAYLET_POLL_S = 0.05
 LOCAL_OBJECT_STORE_BYTES = 256 * 2**20  # pixels never cross it
 
 
@@ -33,12 +36,15 @@ def connect(address: str) -> Iterator[None]:
         return
     debug = log.isEnabledFor(logging.DEBUG)
     on_sigterm = signal.getsignal(signal.SIGTERM)
+    ending = threading.Event()
     try:
         if address == LOCAL:
+            threading.Thread(target=_watch_raylet, args=(ending,), daemon=True, name="raylet").start()
             _start_local(debug)
         else:
             ray.init(address=address, log_to_driver=debug, logging_level=_level(debug))
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises no less when a server of its own does not come up
+        ending.set()
         reason = (str(error).splitlines() or ["no answer"])[0]
         if address == LOCAL:
             raise StorageError(
@@ -52,12 +58,14 @@ def connect(address: str) -> Iterator[None]:
     where = "a private one on this machine" if address == LOCAL else f"the cluster at {address}"
     resources = ray.cluster_resources()
     log.info("Ray: %s, %g CPUs, %g GPUs", where, resources.get("CPU", 0), resources.get("GPU", 0))
-    logging.getLogger("ray.data").setLevel(_level(debug))
+    # A lost shard is an error to Ray Data, with a traceback; here it is work for the next pass.
+    logging.getLogger("ray.data").setLevel(logging.INFO if debug else logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     try:
         yield
     finally:
+        ending.set()
         ray.shutdown()
 
 
@@ -89,6 +97,20 @@ def _start_local(debug: bool) -> None:
             logging_level=_level(debug),
             object_store_memory=LOCAL_OBJECT_STORE_BYTES,
         )
+
+
+def _watch_raylet(ending: threading.Event) -> None:
+    """Say so and exit when the raylet ends: a moment later Ray would end this process with code 1 and no word."""
+    while not ending.wait(RAYLET_POLL_S):
+        node = worker._global_node
+        started = node.all_processes.get(ray_constants.PROCESS_TYPE_RAYLET) if node else None
+        if started and started[0].process.poll() is not None:
+            print(
+                "dragonclf: error: the Ray of this command has ended; the same command resumes",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(RAYLET_GONE)
 
 
 def _level(debug: bool) -> int:

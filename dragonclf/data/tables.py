@@ -23,10 +23,15 @@ def encode(table: pa.Table, *, metadata: dict[str, str] | None = None) -> bytes:
 
 def read(uri: str, *, columns: list[str] | None = None) -> pa.Table:
     """Read one Parquet file. ValueError if it is not one."""
+    return decode(storage.get(uri), uri, columns=columns)
+
+
+def decode(data: bytes, name: str, *, columns: list[str] | None = None) -> pa.Table:
+    """The table in a Parquet file's bytes. ValueError, with the file's `name`, if it is none."""
     try:
-        return pq.read_table(io.BytesIO(storage.get(uri)), columns=columns)
+        return pq.read_table(io.BytesIO(data), columns=columns)
     except (pa.ArrowInvalid, OSError) as error:  # OSError: damaged pages
-        raise ValueError(f"{uri} is not a Parquet file that can be read: {error}") from error
+        raise ValueError(f"{name} is not a Parquet file that can be read: {error}") from error
 
 
 def read_footer(uri: str) -> tuple[int, dict[str, str]]:

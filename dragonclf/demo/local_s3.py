@@ -98,6 +98,12 @@ class LocalS3:
             self._process.kill()
             self._process.wait()
 
+    def kill(self) -> None:
+        """End the server as a crash would. `start` brings it back."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
     @contextlib.contextmanager
     def as_environment(self, identity: str = "admin") -> Iterator[None]:
         """Make this process, and those it starts, use this server: as ``admin``, or as ``reader`` who may only read and list."""

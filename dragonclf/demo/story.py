@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field
 from dragonclf import options, session, storage
 from dragonclf.config import EvaluateConfig, IndexConfig, ScoreConfig, TrainConfig
 from dragonclf.demo.local_s3 import LocalS3
-from dragonclf.engine import runs
+from dragonclf.engine import published
 from dragonclf.verbs.evaluate import evaluate
 from dragonclf.verbs.index import index
 from dragonclf.verbs.score import score
@@ -76,7 +76,7 @@ def demo(out: Path, *, limit: int | None = None) -> DemoSummary:
             "evaluate", evaluate, EvaluateConfig(model=trained.model, data=f"{WORK}/elpv", out=str(out / "evaluation"))
         )  # fmt: skip
         scored = _step("score", score, ScoreConfig(model=trained.model, source=DATA, out=f"{WORK}/scores"))
-        frame = pa.concat_tables(runs.read_parts(scored.run)).to_pandas()
+        frame = pa.concat_tables(published.read_parts(scored.run)).to_pandas()
         _download(trained.model, out / "model")
         _download(scored.parts, out / "scores")
     assert scored.images_per_s is not None

@@ -5,21 +5,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
-from dragonclf.data import images
-from dragonclf.engine.pipeline import ShardResult
+from dragonclf.engine.pipeline import Limits, ShardResult
 from dragonclf.model import bundle, zoo
 from dragonclf.model.predictor import Execution, Predictor, softmax
 
 MAX_PROB_COLUMNS = 32  # more classes share one list column
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What is too much of an image."""
-
-    max_image_bytes: int
-    max_pixels: int
 
 
 @dataclass(frozen=True)
@@ -43,7 +35,7 @@ class ScoreTask:
                 f"{self.model_uri} is model {loaded.version} here and {self.model_version} at the start: start again"
             )
         predictor = bundle.open_predictor(loaded, self.execution, batch_size=self.batch_size, num_threads=num_threads)
-        return ScoreWorker(predictor, self.limits, loaded.info.classes, loaded.version)
+        return ScoreWorker(predictor, loaded.info.classes, loaded.version)
 
 
 @dataclass(frozen=True)
@@ -70,20 +62,18 @@ class FeatureTask:
             )
         transform = zoo.transform_for(model, size=self.size)
         predictor = Predictor(model, transform, self.execution, batch_size=self.batch_size, num_threads=num_threads)
-        return FeatureWorker(predictor, self.limits)
+        return FeatureWorker(predictor)
 
 
 class _InferenceWorker:
-    """Decode, transform, batch, run."""
+    """Transform, batch, run."""
 
-    def __init__(self, predictor: Predictor, limits: Limits):
+    def __init__(self, predictor: Predictor):
         self.predictor = predictor
         self.batch_size = predictor.batch_size
         self.pixels_shape = (3, predictor.transform.size, predictor.transform.size)
-        self.max_image_bytes, self._max_pixels = limits.max_image_bytes, limits.max_pixels
 
-    def read(self, data: bytes) -> tuple[dict[str, Any], np.ndarray]:
-        image = images.decode(data, max_pixels=self._max_pixels)
+    def read(self, data: bytes, image: torch.Tensor) -> tuple[dict[str, Any], np.ndarray]:
         _, height, width = image.shape
         return {"width": width, "height": height}, self.predictor.transform.for_eval(image).numpy()
 
@@ -91,15 +81,15 @@ class _InferenceWorker:
 class ScoreWorker(_InferenceWorker):
     """Rows: uri, etag, status, error, label, confidence, prob_*, width, height, model_version, then the input's own columns."""
 
-    def __init__(self, predictor: Predictor, limits: Limits, classes: list[str], model_version: str):
-        super().__init__(predictor, limits)
+    def __init__(self, predictor: Predictor, classes: list[str], model_version: str):
+        super().__init__(predictor)
         self._classes, self._model_version = classes, model_version
 
     def predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         return {"prob": softmax(self.predictor(pixels)[0])}
 
     def table(self, planned: pa.Table, result: ShardResult) -> pa.Table:
-        count, bad = planned.num_rows, ~result.ok
+        count, bad = planned.num_rows, ~result.scored
         probs = result.outputs.get("prob", np.zeros((count, len(self._classes)), np.float32))
         best = probs.argmax(axis=1)
         columns: dict[str, pa.Array | pa.ChunkedArray] = {

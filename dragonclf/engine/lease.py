@@ -16,20 +16,24 @@ import threading
 import time
 import types
 import uuid
+from typing import Any
 
 from pydantic import BaseModel, Field
 
 from dragonclf import storage
+from dragonclf.outcomes import BusyError
 
 log = logging.getLogger("dragonclf")
 
 HEARTBEAT_S = 5.0
 TTL_S = 30.0  # more than an operation on the store takes before it fails
 POLL_S = 1.0
+INTERRUPT = signal.SIGUSR2  # not SIGINT: what a shell starts in the background ignores that
+_LET_GO: set[str] = set()  # tokens of leases that this process held and could not release, for the store did not answer
 
 
-class BusyError(Exception):
-    """Another driver holds the lease, or took it over."""
+class _Interrupt(BaseException):
+    """Raised in the main thread when the lease is lost."""
 
 
 class Holder(BaseModel):
@@ -45,11 +49,9 @@ class Holder(BaseModel):
 
 
 class Lease:
-    """A lease on a URI. Use it as a context manager: the body runs while it is held, and is interrupted if it is lost.
+    """A lease on a URI. In a ``with`` it is released at the end, and the body is interrupted if it is lost after `acquire`.
 
-    A lease whose process on this host is gone is taken at once, one without heartbeat after `TTL_S`. Entering raises BusyError if the
-    holder lives, ValueError if the store has no conditional writes and `at_least_once` is not accepted. The body may end in BusyError
-    (another driver took the lease over) or StorageError (the store takes no heartbeat).
+    The body may then end in BusyError (another driver took the lease over) or StorageError (the store takes no heartbeat).
     """
 
     def __init__(self, uri: str, *, at_least_once: bool = False):
@@ -61,6 +63,8 @@ class Lease:
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._lost: Exception | None = None
+        self._beating: threading.Thread | None = None
+        self._before: Any = None  # the main thread's handler of INTERRUPT, if it was the one to acquire
         self.atomic = True  # whether the store keeps conditional writes
 
     @property
@@ -75,34 +79,46 @@ class Lease:
         if self._lost is not None:
             raise self._lost
 
-    def __enter__(self) -> "Lease":
-        self._acquire()
-        in_main = threading.current_thread() is threading.main_thread()
-        self._beating = threading.Thread(target=self._beat, args=(in_main,), daemon=True, name="lease")
+    def acquire(self) -> None:
+        """Take the lease: at once if none holds it or its process on this host is gone, after `TTL_S` if it gives no heartbeat.
+
+        Raises BusyError if the holder lives, ValueError if the store has no conditional writes and `at_least_once` is not accepted.
+        """
+        self._take()
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(INTERRUPT, _interrupt)
+        self._beating = threading.Thread(target=self._beat, daemon=True, name="lease")
         self._beating.start()
+
+    def __enter__(self) -> "Lease":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
     ) -> None:
         self._done.set()
+        if self._beating is None:
+            return
         self._beating.join()
+        if self._before is not None:
+            signal.signal(INTERRUPT, self._before)
+        _LET_GO.add(self._ours.token)
         if self._lost is None:
-            with contextlib.suppress(storage.StorageError):  # else it runs out by itself
+            with contextlib.suppress(storage.StorageError):  # for others it then runs out by itself
                 self._renew(released=True)
-        elif isinstance(error, KeyboardInterrupt):  # ours
+        elif isinstance(error, _Interrupt):
             raise self._lost from None
 
-    def _beat(self, interrupt: bool) -> None:
+    def _beat(self) -> None:
         while not self._done.wait(HEARTBEAT_S):
             try:
                 self._renew()
             except storage.StorageError as error:
                 self._lost = error
             if self._lost is not None:
-                if interrupt and not self._done.is_set():
-                    # A real signal: it also ends a wait in a system call.
-                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                if self._before is not None and not self._done.is_set():
+                    # A real signal, so that it also ends a wait in a system call.
+                    signal.pthread_kill(threading.main_thread().ident or 0, INTERRUPT)
                 return
 
     def _renew(self, *, released: bool = False) -> None:
@@ -130,7 +146,7 @@ class Lease:
         self._ours, self._etag = holder, found[1]
         return True
 
-    def _acquire(self) -> None:
+    def _take(self) -> None:
         deadline, seen = time.monotonic() + TTL_S, None
         while True:
             found = storage.get_if_exists(self._uri)
@@ -138,7 +154,7 @@ class Lease:
             if found is not None:
                 holder = Holder.model_validate_json(found[0])
                 fence = holder.fence + 1
-                if not (holder.released or _is_dead(holder)):
+                if not (holder.released or holder.token in _LET_GO or _is_dead(holder)):
                     if seen is not None and seen != found[1]:
                         raise BusyError(
                             f"another driver is at work on this: process {holder.pid} on {holder.host} holds {self._uri}; "
@@ -168,6 +184,10 @@ class Lease:
             )
         log.warning("this store keeps no conditional writes: nothing keeps a second driver from writing over this one")
         self.atomic = False
+
+
+def _interrupt(number: int, frame: types.FrameType | None) -> None:
+    raise _Interrupt
 
 
 def _this_process() -> str:

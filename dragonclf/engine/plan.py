@@ -4,10 +4,12 @@ A plan is staged in a local folder first, so that an input that cannot be listed
 in the output. Its digest covers every row; equal digests mean the same images with the same contents and columns.
 """
 
+import concurrent.futures
 import hashlib
 import itertools
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ from dragonclf.data import tables
 MIN_SHARD_IMAGES, MAX_SHARD_IMAGES = 512, 20_000
 MAX_SHARD_BYTES = 4 * 2**30
 
+NUM_COPIERS = 16
+
 SHARDS = "shards.parquet"
 SUMMARY = "plan.json"
 
@@ -32,6 +36,7 @@ class PlanSummary(BaseModel):
 
     digest: str = Field(description="SHA-256 over column names and every row of the plan, however it is cut.")
     folder: str = Field(description="Name of the folder with its files: a hash of the rows and of where they are cut.")
+    planned_s: float = Field(description="When the listing began, seconds since 1970: orders runs.")
     num_images: int
     num_bytes: int = Field(description="Sum of the sizes that the listing gave.")
     num_shards: int
@@ -50,11 +55,11 @@ class StagedPlan:
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.folder)
 
-    def upload(self, run_uri: str) -> None:
+    def upload(self, run_uri: str, *, atomic: bool = True) -> None:
         """Give the plan to a run that has none yet. Of two drivers that do so at once, one wins, whole, and both use its plan."""
         for path in sorted(self.folder.iterdir()):
             storage.put(storage.join(_folder(run_uri, self.summary), path.name), path.read_bytes())
-        storage.put_if_absent(storage.join(run_uri, SUMMARY), self.summary.model_dump_json(indent=2).encode())
+        _choose(run_uri, self.summary, atomic)
 
 
 def stage_plan(rows: Iterable[pa.Table], *, shard_images: int | None = None) -> StagedPlan:
@@ -64,6 +69,7 @@ def stage_plan(rows: Iterable[pa.Table], *, shard_images: int | None = None) -> 
     are carried into the result. A shard holds `shard_images` rows; None lets shards grow with the plan from 512 to 20,000 images, so
     that small inputs resume finely and large ones have few parts. A shard also ends once it holds 4 GiB.
     """
+    started_s = time.time()
     folder = Path(tempfile.mkdtemp(prefix="dragonclf-plan-"))
     digest = hashlib.sha256()
     shards: list[dict[str, int]] = []
@@ -85,11 +91,26 @@ def stage_plan(rows: Iterable[pa.Table], *, shard_images: int | None = None) -> 
     summary = PlanSummary(
         digest=digest.hexdigest(),
         folder=hashlib.sha256(f"{digest.hexdigest()} {cuts}".encode()).hexdigest()[:12],
+        planned_s=started_s,
         num_images=sum(shard["images"] for shard in shards),
         num_bytes=sum(shard["bytes"] for shard in shards),
         num_shards=len(shards),
     )
     return StagedPlan(folder, summary)
+
+
+def copy(from_run_uri: str, run_uri: str, *, atomic: bool = True) -> None:
+    """Give a run the plan of another one, as of now."""
+    summary = read_summary(from_run_uri)
+    assert summary is not None, f"{from_run_uri} has no plan"
+    names = [SHARDS, *(f"{shard:08d}.parquet" for shard in range(summary.num_shards))]
+    source, target = _folder(from_run_uri, summary), _folder(run_uri, summary)
+    with concurrent.futures.ThreadPoolExecutor(NUM_COPIERS) as pool:
+        for _ in pool.map(
+            lambda name: storage.put(storage.join(target, name), storage.get(storage.join(source, name))), names
+        ):
+            pass
+    _choose(run_uri, summary.model_copy(update={"planned_s": time.time()}), atomic)
 
 
 def read_summary(run_uri: str) -> PlanSummary | None:
@@ -106,6 +127,24 @@ def read_shard(run_uri: str, summary: PlanSummary, shard: int) -> pa.Table:
 def shard_sizes(run_uri: str, summary: PlanSummary) -> list[int]:
     """Number of images of each shard, in order."""
     return tables.read(storage.join(_folder(run_uri, summary), SHARDS), columns=["images"])["images"].to_pylist()
+
+
+def sample_uris(run_uri: str, summary: PlanSummary, *, count: int) -> list[str]:
+    """`count` images or a few more, spread over the plan; all of them if it has fewer."""
+    shards = _spread(summary.num_shards, count)
+    found: list[str] = []
+    for shard in shards:
+        uris = read_shard(run_uri, summary, shard)["uri"]
+        found += [uris[row].as_py() for row in _spread(len(uris), -(-count // len(shards)))]
+    return found
+
+
+def _spread(total: int, count: int) -> list[int]:
+    return sorted({int(place) for place in np.linspace(0, total - 1, min(total, count))})
+
+
+def _choose(run_uri: str, summary: PlanSummary, atomic: bool) -> None:
+    storage.put_if_absent(storage.join(run_uri, SUMMARY), summary.model_dump_json(indent=2).encode(), atomic=atomic)
 
 
 def _folder(run_uri: str, summary: PlanSummary) -> str:

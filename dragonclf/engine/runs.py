@@ -1,22 +1,26 @@
 """Runs: where an engine job's files lie, who may write them, and the one write that makes them valid.
 
-    OUT/_latest.json                      pointer to the newest published run: a convenience, repaired by the next run
+    OUT/_latest.json                      pointer to the newest published run: a convenience, repaired by the next command
+    OUT/runs/SPEC.lease.json              who is at work on this spec
     OUT/runs/SPEC-00001/run.json          the claim: spec and number, written by If-None-Match
                         plan/HASH/        the images of each shard; plan.json, last, names the HASH that counts
+                        attempts/*        one empty mark for each time that a shard was begun
                         parts/*.parquet   one file a shard, named after it, written by If-None-Match
-                        parts.parquet     one row a part: shard, rows, etag, counts by status
-                        _manifest.json    the publication, by If-None-Match, last
+                        parts-FENCE.parquet   one row a part: shard, rows, etag, counts by status
+                        _manifest.json    the publication, by If-None-Match, last; names the parts table that counts
 
 SPEC is a hash of everything that changes results. A run with ``_manifest.json`` is whole and never changes; one without it is resumed
-by the same command.
+by the same command. docs/guarantees.md tells why this holds whatever is killed.
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
-import time
+import logging
+import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
@@ -24,10 +28,18 @@ from pydantic import BaseModel, Field
 
 from dragonclf import storage
 from dragonclf.data import tables
-from dragonclf.engine import plan
+from dragonclf.engine import lease, plan, published
+from dragonclf.engine.published import MANIFEST, Manifest
 
-CLAIM, MANIFEST, LATEST, PARTS_TABLE = "run.json", "_manifest.json", "_latest.json", "parts.parquet"
-NUM_READERS = 16
+log = logging.getLogger("dragonclf")
+
+CLAIM = "run.json"
+RETRIED = (
+    "missing",
+    "denied",
+    "timeout",
+    "decoder_crash",
+)  # what may come out otherwise next time; the rest is the image's own
 
 
 class Run(BaseModel):
@@ -37,59 +49,103 @@ class Run(BaseModel):
     verb: str
     spec: dict[str, Any]
     name: str
+    base: str | None = Field(
+        description="URI of the run whose rows are kept but for its errors. None: every image is read."
+    )
     plan: plan.PlanSummary
     published: bool
+    atomic: bool = Field(description="Whether the store keeps conditional writes.")
 
     def part_uri(self, shard: int) -> str:
         return storage.join(self.uri, f"parts/{shard:08d}.parquet")
 
 
-class Manifest(BaseModel):
-    """``_manifest.json``: what a published run holds. Small, whatever the number of images."""
+class Claim(BaseModel):
+    """``run.json``."""
 
-    format: int = 1
-    run: str = Field(description="Name of the run, SPEC-NUMBER.")
+    run: str
     verb: str
     spec: dict[str, Any]
-    plan_digest: str
-    planned_s: float = Field(description="When the plan was claimed, seconds since 1970: orders runs.")
-    num_images: int = Field(description="Planned images = rows in all parts together.")
-    num_parts: int
-    counts: dict[str, int] = Field(description="Rows by status.")
-    parts_sha256: str = Field(description="Of parts.parquet, which lists every part with its etag.")
+    base: str | None = Field(description="Name of the run whose errors are retried.")
 
 
-def open_run(out_uri: str, verb: str, spec: dict[str, Any], stage: Callable[[], plan.StagedPlan]) -> Run:
+def lease_uri(out_uri: str, verb: str, spec: dict[str, Any]) -> str:
+    """Where the lease lies that `open_run` and what follows need."""
+    return storage.join(out_uri, "runs", f"{_digest(verb, spec)}.lease.json")
+
+
+def open_run(
+    out_uri: str,
+    verb: str,
+    spec: dict[str, Any],
+    stage: Callable[[], plan.StagedPlan],
+    *,
+    held: lease.Lease,
+    new_run: bool = False,
+    retry_errors: bool = False,
+) -> Run:
     """Return the run that `spec` asks for: an unpublished one to resume, a published one with nothing left to do, or a new one.
 
-    `stage` lists the input; it is not called if there is a run to resume. A published run stands if the new plan equals its own.
+    `held` is acquired, before the input is listed if there was a run before, else after: a listing that fails leaves nothing.
+    `stage` lists the input; it is not called if there is a run to resume. A published run stands if the new plan equals its own, unless
+    `new_run`. With `retry_errors` a new run keeps the newest published one's plan and rows, but for those whose status is in `RETRIED`.
     """
-    digest = hashlib.sha256(json.dumps([verb, spec], sort_keys=True).encode()).hexdigest()[:12]
-    number = 0
-    while storage.stat(storage.join(_run_uri(out_uri, digest, number + 1), CLAIM)):
-        number += 1
-    last = _read_run(_run_uri(out_uri, digest, number)) if number else None
-    if last is not None and not last.published:
-        return last
-    with stage() as staged:
-        if last is not None and last.plan.digest == staged.summary.digest:
+    digest = _digest(verb, spec)
+    with contextlib.ExitStack() as stack:
+        staged = None
+        if not retry_errors and _last_number(out_uri, digest) == 0:
+            staged = stack.enter_context(stage())
+        held.acquire()
+        number = _last_number(out_uri, digest)
+        uri = _run_uri(out_uri, digest, number)
+        last = _read_run(uri, held.atomic) if number else None
+        if last is not None and not last.published:
+            if new_run or retry_errors:
+                log.info("run %s is not finished: it is resumed first", last.name)
             return last
-        if number == 0 or last is not None:
+        base: str | None = None
+        if number and last is None:
+            base = _read_claim(uri).base  # claimed by a driver that came no further
+        elif retry_errors:
+            if last is None:
+                raise ValueError(f"there is no run of this model and input under {out_uri}: leave --retry-errors out")
+            if not published.read_manifest(last.uri).num_with(*RETRIED):
+                log.info("%s: run %s has no row to try again (%s)", verb, last.name, ", ".join(RETRIED))
+                return last
+            base = last.name
+        if base is None:
+            staged = staged or stack.enter_context(stage())
+            if last is not None and last.plan.digest == staged.summary.digest and not new_run:
+                return last
+        if last is not None or not number:
             number += 1
         uri = _run_uri(out_uri, digest, number)
-        claim = {"run": storage.name(uri), "verb": verb, "spec": spec, "planned_s": time.time()}
+        claim = Claim(run=storage.name(uri), verb=verb, spec=spec, base=base)
         # If another driver claims this number first it runs the same spec: both then work on the one plan that wins.
-        storage.put_if_absent(storage.join(uri, CLAIM), json.dumps(claim, indent=2).encode())
-        staged.upload(uri)
-    run = _read_run(uri)
+        storage.put_if_absent(storage.join(uri, CLAIM), claim.model_dump_json(indent=2).encode(), atomic=held.atomic)
+        if base is not None:
+            plan.copy(_sibling(uri, base), uri, atomic=held.atomic)
+        elif staged is not None:
+            staged.upload(uri, atomic=held.atomic)
+    run = _read_run(uri, held.atomic)
     assert run is not None
     return run
 
 
 def missing_shards(run: Run) -> list[int]:
     """Shards that have no part yet."""
-    done = {storage.name(found.uri) for found in _list_parts(run)}
+    done = {storage.name(found.uri) for found in published.list_parts(run.uri)}
     return [shard for shard in range(run.plan.num_shards) if f"{shard:08d}.parquet" not in done]
+
+
+def begin_shard(run: Run, shard: int) -> int:
+    """Note that a process begins the shard. Returns how often that was so, this time included: from 2 on, something ended one."""
+    attempt = 1
+    while not storage.put_if_absent(
+        storage.join(run.uri, f"attempts/{shard:08d}-{attempt}"), uuid.uuid4().bytes, atomic=run.atomic
+    ):
+        attempt += 1
+    return attempt
 
 
 def write_part(run: Run, shard: int, table: pa.Table) -> dict[str, int]:
@@ -100,25 +156,47 @@ def write_part(run: Run, shard: int, table: pa.Table) -> dict[str, int]:
     counts = Counter(table["status"].to_pylist())
     metadata = {"dragonclf.run": run.name, "dragonclf.shard": str(shard), "dragonclf.counts": json.dumps(counts)}
     uri = run.part_uri(shard)
-    if storage.put_if_absent(uri, tables.encode(table, metadata=metadata)):
+    if storage.put_if_absent(uri, tables.encode(table, metadata=metadata), atomic=run.atomic):
         return dict(counts)
-    return _check_part(run, shard, table.num_rows)
+    return published.check_part(run.part_uri(shard), run.name, shard, table.num_rows)
 
 
-def publish(run: Run) -> Manifest:
+def redo_errors(run: Run, shard: int, planned: pa.Table, process: Callable[[pa.Table], pa.Table]) -> pa.Table:
+    """Rows of a shard of a run with a `base`: the base's own, and what `process` makes of the images whose status is in `RETRIED`."""
+    assert run.base is not None
+    kept = tables.read(storage.join(run.base, f"parts/{shard:08d}.parquet"))
+    again = [row for row, status in enumerate(kept["status"].to_pylist()) if status in RETRIED]
+    if not again:
+        return kept
+    places = list(range(kept.num_rows))
+    for offset, row in enumerate(again):
+        places[row] = kept.num_rows + offset
+    if kept["uri"] != planned["uri"]:
+        raise ValueError(f"{run.uri} and {run.base} do not plan the same images: start again with --new-run")
+    redone = process(planned.take(again))
+    return pa.concat_tables([kept.replace_schema_metadata(None), redone.replace_schema_metadata(None)]).take(places)
+
+
+def publish(run: Run, *, fence: int) -> Manifest:
     """Check that every planned image has its row in the store, then make the run valid by one conditional write.
 
-    Raises ValueError naming the part that is missing or does not fit; nothing is published then.
+    `fence` tells this driver's table of parts from those of others. Raises ValueError naming the part that is missing or does not fit;
+    nothing is published then.
     """
     sizes = plan.shard_sizes(run.uri, run.plan)
-    etags = {storage.name(found.uri): found.etag for found in _list_parts(run)}
+    etags = {storage.name(found.uri): found.etag for found in published.list_parts(run.uri)}
     for shard in range(len(sizes)):
         if f"{shard:08d}.parquet" not in etags:
             raise ValueError(
                 f"{run.part_uri(shard)} is missing: run the command again, it makes the parts that are not there"
             )
-    with concurrent.futures.ThreadPoolExecutor(NUM_READERS) as pool:
-        counts = list(pool.map(lambda shard: _check_part(run, shard, sizes[shard]), range(len(sizes))))
+    with concurrent.futures.ThreadPoolExecutor(published.NUM_READERS) as pool:
+        counts = list(
+            pool.map(
+                lambda shard: published.check_part(run.part_uri(shard), run.name, shard, sizes[shard]),
+                range(len(sizes)),
+            )
+        )
     parts = pa.table(
         {
             "shard": pa.array(range(len(sizes)), pa.int64()),
@@ -127,80 +205,51 @@ def publish(run: Run) -> Manifest:
             "counts": [json.dumps(count) for count in counts],
         }
     )
-    encoded = tables.encode(parts)
-    storage.put(storage.join(run.uri, PARTS_TABLE), encoded)
-    claim = json.loads(storage.get(storage.join(run.uri, CLAIM)))
+    encoded, parts_table = tables.encode(parts), f"parts-{fence:05d}.parquet"
+    storage.put(storage.join(run.uri, parts_table), encoded)
     manifest = Manifest(
-        run=run.name, verb=run.verb, spec=run.spec, plan_digest=run.plan.digest, planned_s=claim["planned_s"],
+        run=run.name, uri=run.uri, verb=run.verb, spec=run.spec, plan_digest=run.plan.digest, planned_s=run.plan.planned_s,
         num_images=run.plan.num_images, num_parts=len(sizes), counts=dict(sum(map(Counter, counts), Counter())),
-        parts_sha256=hashlib.sha256(encoded).hexdigest(),
+        parts_table=parts_table, parts_sha256=hashlib.sha256(encoded).hexdigest(),
     )  # fmt: skip
     assert sum(manifest.counts.values()) == manifest.num_images
-    if not storage.put_if_absent(storage.join(run.uri, MANIFEST), manifest.model_dump_json(indent=2).encode()):
-        manifest = read_manifest(run.uri)
-    pointer = {"run": manifest.run, "planned_s": manifest.planned_s}
-    advance_pointer(storage.join(run.uri.rpartition("/runs/")[0], LATEST), pointer)
-    return manifest
+    data = manifest.model_dump_json(indent=2).encode()
+    if storage.put_if_absent(storage.join(run.uri, MANIFEST), data, atomic=run.atomic):
+        return manifest
+    return published.read_manifest(run.uri)
 
 
-def advance_pointer(uri: str, pointer: dict[str, Any]) -> None:
-    """Write a pointer unless what is there was planned later (``planned_s``): it moves forward, never back."""
-    data = json.dumps(pointer).encode()
-    while True:
-        found = storage.get_if_exists(uri)
-        if found is None:
-            if storage.put_if_absent(uri, data):
-                return
-        elif json.loads(found[0])["planned_s"] >= pointer["planned_s"] or storage.put_if_match(uri, data, found[1]):
-            return
-
-
-def read_manifest(run_uri: str) -> Manifest:
-    """The manifest of a published run. ValueError if the run is not published."""
-    found = storage.get_if_exists(storage.join(run_uri, MANIFEST))
-    if found is None:
-        raise ValueError(
-            f"{run_uri} is not a published run: {MANIFEST} is missing; run the command that writes it to its end"
-        )
-    return Manifest.model_validate_json(found[0])
-
-
-def read_parts(run_uri: str, *, columns: list[str] | None = None) -> Iterator[pa.Table]:
-    """Yield the tables of a published run's parts in plan order, reading a few ahead. Raises ValueError if it is not published."""
-    manifest = read_manifest(run_uri)
-    uris = [storage.join(run_uri, f"parts/{shard:08d}.parquet") for shard in range(manifest.num_parts)]
-    with concurrent.futures.ThreadPoolExecutor(NUM_READERS) as pool:
-        for start in range(0, len(uris), NUM_READERS):
-            yield from pool.map(lambda uri: tables.read(uri, columns=columns), uris[start : start + NUM_READERS])
+def _digest(verb: str, spec: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([verb, spec], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _run_uri(out_uri: str, digest: str, number: int) -> str:
     return storage.join(out_uri, "runs", f"{digest}-{number:05d}")
 
 
-def _read_run(uri: str) -> Run | None:
+def _last_number(out_uri: str, digest: str) -> int:
+    number = 0
+    while storage.stat(storage.join(_run_uri(out_uri, digest, number + 1), CLAIM)):
+        number += 1
+    return number
+
+
+def _sibling(run_uri: str, name: str) -> str:
+    return storage.join(run_uri.rpartition("/")[0], name)
+
+
+def _read_claim(uri: str) -> Claim:
+    return Claim.model_validate_json(storage.get(storage.join(uri, CLAIM)))
+
+
+def _read_run(uri: str, atomic: bool) -> Run | None:
     """The run at `uri`, or None if it was claimed and has no plan yet."""
     summary = plan.read_summary(uri)
     if summary is None:
         return None
-    claim = json.loads(storage.get(storage.join(uri, CLAIM)))
-    published = storage.stat(storage.join(uri, MANIFEST)) is not None
-    return Run(uri=uri, verb=claim["verb"], spec=claim["spec"], name=claim["run"], plan=summary, published=published)
-
-
-def _list_parts(run: Run) -> Iterator[storage.ObjectInfo]:
-    try:
-        yield from storage.list_objects(storage.join(run.uri, "parts"))
-    except storage.ObjectMissingError:
-        return  # a local run without parts has no folder for them
-
-
-def _check_part(run: Run, shard: int, num_rows: int) -> dict[str, int]:
-    found_rows, metadata = tables.read_footer(run.part_uri(shard))
-    found = (metadata.get("dragonclf.run"), metadata.get("dragonclf.shard"), found_rows)
-    if found != (run.name, str(shard), num_rows):
-        raise ValueError(
-            f"{run.part_uri(shard)} is not this run's part: it says (run, shard, rows) {found}, planned are "
-            f"{(run.name, str(shard), num_rows)}: something else writes here; choose another --out"
-        )
-    return json.loads(metadata["dragonclf.counts"])
+    claim = _read_claim(uri)
+    return Run(
+        uri=uri, verb=claim.verb, spec=claim.spec, name=claim.run, plan=summary, atomic=atomic,
+        base=_sibling(uri, claim.base) if claim.base else None,
+        published=storage.stat(storage.join(uri, MANIFEST)) is not None,
+    )  # fmt: skip

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from pyarrow import fs
+
 from dragonclf.storage import local, s3
 from dragonclf.storage.errors import (
     AccessDeniedError,
@@ -23,7 +25,8 @@ from dragonclf.storage.errors import (
 
 __all__ = [
     "AccessDeniedError", "CredentialsError", "ObjectInfo", "ObjectMissingError", "StorageError", "UnconditionalStoreError",
-    "fetch", "get", "get_if_exists", "is_s3", "join", "keeps_conditions", "list_objects", "name", "put", "put_if_absent", "put_if_match", "resolve", "stat",
+    "arrow_files", "fetch", "get", "get_if_exists", "is_s3", "join", "keeps_conditions", "list_objects",
+    "name", "put", "put_if_absent", "put_if_match", "resolve", "stat",
 ]  # fmt: skip
 
 MAX_CONFLICTS = 10
@@ -142,6 +145,13 @@ def keeps_conditions(uri: str, data: bytes) -> bool:
             return False
         return False
     return True
+
+
+def arrow_files(uris: list[str]) -> tuple[fs.FileSystem, list[str]]:
+    """A pyarrow file system, and the paths in it of objects of one store."""
+    if uris and is_s3(uris[0]):
+        return s3.arrow_filesystem(uris[0]), [uri.removeprefix("s3://") for uri in uris]
+    return fs.LocalFileSystem(), uris
 
 
 def _store(uri: str):

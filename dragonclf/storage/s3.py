@@ -23,6 +23,7 @@ from botocore.config import Config
 from obstore.auth.boto3 import Boto3CredentialProvider
 from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import S3Store
+from pyarrow import fs
 
 from dragonclf.storage.errors import (
     AccessDeniedError,
@@ -38,6 +39,7 @@ from dragonclf.storage.errors import (
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import ListObjectsV2OutputTypeDef
 
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 15  # between two bytes of an answer
@@ -73,9 +75,15 @@ def list_objects(uri: str) -> Iterator[ObjectInfo]:
     bucket, prefix = split(uri)
     if prefix and not prefix.endswith("/"):
         prefix += "/"
-    after: dict[str, str] = {}
+    token: str | None = None
+
+    def list_page() -> "ListObjectsV2OutputTypeDef":
+        if token is None:
+            return _client().list_objects_v2(Bucket=bucket, Prefix=prefix)
+        return _client().list_objects_v2(Bucket=bucket, Prefix=prefix, ContinuationToken=token)
+
     while True:
-        page = _call("list", uri, lambda: _client().list_objects_v2(Bucket=bucket, Prefix=prefix, **after))  # noqa: B023  called at once
+        page = _call("list", uri, list_page)
         for item in page.get("Contents", []):
             assert "Key" in item
             assert "ETag" in item
@@ -83,7 +91,7 @@ def list_objects(uri: str) -> Iterator[ObjectInfo]:
             yield ObjectInfo(f"s3://{bucket}/{item['Key']}", item["ETag"].strip('"'), item["Size"])
         if not page.get("IsTruncated"):
             return
-        after = {"ContinuationToken": page.get("NextContinuationToken", "")}
+        token = page.get("NextContinuationToken")
 
 
 def stat(uri: str) -> ObjectInfo | None:
@@ -164,6 +172,25 @@ async def fetch(uri: str) -> tuple[bytes, str]:
         raise StorageError(f"cannot read {uri}: {first_line(error)}") from error
 
 
+def arrow_filesystem(uri: str) -> fs.S3FileSystem:
+    """A pyarrow file system with boto3's endpoint and its credentials of now, for the bucket of `uri`."""
+    client, found = _client(), boto3.Session().get_credentials()
+    if found is None:
+        raise CredentialsError(
+            f"cannot read {uri}: no AWS credentials found: set AWS_PROFILE, or run where a role is attached"
+        )
+    keys = found.get_frozen_credentials()
+    scheme, _, host = client.meta.endpoint_url.partition("://")
+    return fs.S3FileSystem(
+        access_key=keys.access_key,
+        secret_key=keys.secret_key,
+        session_token=keys.token,
+        region=_call("find", uri, lambda: _region(split(uri)[0])),
+        scheme=scheme,
+        endpoint_override=None if _is_aws(client.meta.endpoint_url) else host,
+    )
+
+
 def forget_clients() -> None:
     """Read the AWS_* variables anew at the next operation."""
     _client.cache_clear()
@@ -193,7 +220,7 @@ def _obstore(bucket: str) -> S3Store:
     """One store per bucket, with boto3's credentials and endpoint, and the bucket's own region."""
     client = _client()
     endpoint = client.meta.endpoint_url
-    is_aws = endpoint.removesuffix("/").endswith((".amazonaws.com", ".amazonaws.com.cn"))
+    is_aws = _is_aws(endpoint)
     region = _call("find", f"s3://{bucket}", lambda: _region(bucket))
     return S3Store(
         bucket,
@@ -215,6 +242,10 @@ def _obstore(bucket: str) -> S3Store:
             },
         },
     )
+
+
+def _is_aws(endpoint: str) -> bool:
+    return endpoint.removesuffix("/").endswith((".amazonaws.com", ".amazonaws.com.cn"))
 
 
 def _region(bucket: str) -> str:

@@ -17,7 +17,7 @@ from dragonclf import storage
 from dragonclf.data import images
 from dragonclf.data.snapshot import Snapshot, read_rows
 from dragonclf.data.transforms import Transform
-from dragonclf.engine import runs
+from dragonclf.engine import published
 
 PREFETCH_BATCHES = 3
 
@@ -39,7 +39,7 @@ class Features:
 
     def __init__(self, run_uri: str, classes: list[str], split: str):
         features, targets = [], []
-        for table in runs.read_parts(run_uri):
+        for table in published.read_parts(run_uri):
             _refuse_lost(table)
             table = table.filter(pc.field("split") == split)
             column = table["features"].combine_chunks()

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from dragonclf import storage
 from dragonclf.config import EvaluateConfig
 from dragonclf.data.snapshot import COLUMNS, Snapshot, open_snapshot, read_rows
-from dragonclf.engine import runs
+from dragonclf.engine import published
 from dragonclf.evaluate.report import write_evaluation
 from dragonclf.model import bundle
 from dragonclf.verbs.score import ScoreSummary, score_rows
@@ -83,7 +83,7 @@ def predict_split(
 
 def _frame(run_uri: str, classes: list[str]) -> pd.DataFrame:
     """All predictions of a run; a list column of probabilities becomes one column a class."""
-    frame = pa.concat_tables(runs.read_parts(run_uri)).to_pandas()
+    frame = pa.concat_tables(published.read_parts(run_uri)).to_pandas()
     if "probs" in frame:
         nothing = np.full(len(classes), np.nan)
         probs = np.stack([nothing if value is None else value for value in frame.pop("probs")])

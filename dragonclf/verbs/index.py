@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
-from dragonclf import progress, session, storage
+from dragonclf import storage
 from dragonclf.config import IndexConfig
 from dragonclf.data import images, listing, snapshot
-from dragonclf.engine import execute, plan, runs
-from dragonclf.engine.pipeline import ShardResult
+from dragonclf.engine import job, plan, published
+from dragonclf.engine.pipeline import Limits, ShardResult
 
 log = logging.getLogger("dragonclf")
 
@@ -42,26 +43,21 @@ def index(config: IndexConfig) -> snapshot.Snapshot:
         "source": config.source, "max_image_bytes": config.max_image_bytes, "max_pixels": config.max_pixels,
         "decode": images.DECODE_VERSION,
     }  # fmt: skip
-    run = runs.open_run(config.out, "index", spec, lambda: _stage(config))
-    if run.published:
-        log.info("index: every image of %s was read by run %s already", config.source, run.name)
-        manifest = runs.read_manifest(run.uri)
-    else:
-        task = IndexTask(config.max_image_bytes, config.max_pixels)
-        with session.connect(config.address), progress.images("index", run.plan.num_images) as advance:
-            manifest = execute.execute(
-                run, task, advance, num_actors=config.num_actors, cpus_per_actor=config.cpus_per_actor
-            )
-    _say_unusable(manifest, run.uri)
+    limits = Limits(config.max_image_bytes, config.max_pixels, config.max_image_s)
+    done = job.run(
+        config.out, "index", spec, lambda: _stage(config), IndexTask(limits), ray_config=config, run_config=config
+    )
+    manifest = done.manifest
+    _say_unusable(manifest, done.uri)
     made = snapshot.write_snapshot(
         config.out,
-        runs.read_parts(run.uri),
+        published.read_parts(done.uri),
         source=config.source,
         valid_fraction=config.valid_fraction,
         seed=config.seed,
     )
     pointer = {"snapshot": made.info.id, "planned_s": manifest.planned_s}
-    runs.advance_pointer(storage.join(config.out, snapshot.FOLDER, snapshot.LATEST), pointer)
+    published.advance_pointer(storage.join(config.out, snapshot.FOLDER, snapshot.LATEST), pointer)
     return made
 
 
@@ -69,12 +65,11 @@ def index(config: IndexConfig) -> snapshot.Snapshot:
 class IndexTask:
     """Decodes each image whole, so that what training meets later is known now."""
 
-    max_image_bytes: int
-    max_pixels: int
+    limits: Limits
     uses_gpu: bool = False
 
     def open(self, num_threads: int) -> "IndexWorker":
-        return IndexWorker(self.max_image_bytes, self.max_pixels)
+        return IndexWorker()
 
 
 class IndexWorker:
@@ -83,11 +78,8 @@ class IndexWorker:
     batch_size = 64
     pixels_shape = None
 
-    def __init__(self, max_image_bytes: int, max_pixels: int):
-        self.max_image_bytes, self._max_pixels = max_image_bytes, max_pixels
-
-    def read(self, data: bytes) -> tuple[dict[str, Any], None]:
-        _, height, width = images.decode(data, max_pixels=self._max_pixels).shape
+    def read(self, data: bytes, image: torch.Tensor) -> tuple[dict[str, Any], None]:
+        _, height, width = image.shape
         return {"width": width, "height": height, "sha256": hashlib.sha256(data).hexdigest()}, None
 
     def predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
@@ -98,8 +90,11 @@ class IndexWorker:
         table = planned.set_column(1, "etag", pa.array(etags, pa.string()))
         for name, kind in (("width", pa.int32()), ("height", pa.int32()), ("sha256", pa.string())):
             table = table.append_column(name, pa.array([value.get(name) for value in result.values], kind))
-        table = table.append_column("status", pa.array(result.statuses, pa.string()))
-        return table.append_column("error", pa.array(result.errors, pa.string()))
+        # An object replaced since it was listed is indexed as it was read, with that etag: nothing of its row is about another.
+        statuses = ["ok" if status == "changed" else status for status in result.statuses]
+        errors = [None if status == "ok" else error for status, error in zip(statuses, result.errors, strict=True)]
+        table = table.append_column("status", pa.array(statuses, pa.string()))
+        return table.append_column("error", pa.array(errors, pa.string()))
 
 
 def _stage(config: IndexConfig) -> plan.StagedPlan:
@@ -186,7 +181,7 @@ def _empty_folders(source: str) -> list[str]:
     return found
 
 
-def _say_unusable(manifest: runs.Manifest, run_uri: str) -> None:
+def _say_unusable(manifest: published.Manifest, run_uri: str) -> None:
     bad = {status: count for status, count in manifest.counts.items() if status != "ok"}
     if bad:
         log.warning(

@@ -1,17 +1,17 @@
 """`score`: every object under a prefix, or in a manifest, becomes one row of probabilities."""
 
 import logging
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import pyarrow as pa
 from pydantic import BaseModel, Field
 
-from dragonclf import progress, session, storage
+from dragonclf import session, storage
 from dragonclf.config import ScoreConfig, ScoringConfig
 from dragonclf.data import listing
-from dragonclf.engine import execute, inference, plan, runs
+from dragonclf.engine import inference, job, plan
+from dragonclf.engine.pipeline import Limits
 from dragonclf.model import bundle
 from dragonclf.model.predictor import resolve_execution
 
@@ -35,8 +35,8 @@ class ScoreSummary(BaseModel):
 def score(config: ScoreConfig) -> ScoreSummary:
     """Score all of `config.source` into `config.out`: one row per object, whatever it is.
 
-    The same command again resumes a killed run, and does nothing if the input is as the last published run saw it. Raises ValueError
-    or StorageError; a run that stops so can be resumed.
+    The same command again resumes a killed run, and does nothing if the input is as the last published run saw it. Raises what
+    `job.run` does; a run that stops so can be resumed.
     """
     loaded = bundle.load_bundle(config.model)
     return score_rows(
@@ -57,32 +57,19 @@ def score_rows(
     execution = resolve_execution(
         config.runtime, config.device, config.precision, has_gpu=session.has_gpu(config.address)
     )  # fmt: skip
-    limits = inference.Limits(config.max_image_bytes, config.max_pixels)
+    limits = Limits(config.max_image_bytes, config.max_pixels, config.max_image_s)
     spec = {
         "model": loaded.version, "transform": loaded.info.transform.digest, "execution": execution.model_dump(),
-        "max_image_bytes": limits.max_image_bytes, "max_pixels": limits.max_pixels, **input_id,
+        "max_image_bytes": limits.max_bytes, "max_pixels": limits.max_pixels, **input_id,
     }  # fmt: skip
-    run = runs.open_run(config.out, verb, spec, lambda: plan.stage_plan(rows(), shard_images=config.shard_images))
-    rate = None
-    if run.published:
-        log.info("%s: nothing to do: run %s is published and its input has not changed", verb, run.name)
-        manifest = runs.read_manifest(run.uri)
-    else:
-        log.info("%s: model %s by %s, run %s", verb, loaded.version, execution, run.uri)
-        task = inference.ScoreTask(loaded.uri, loaded.version, execution, config.batch_size, limits)
-        started, scored = time.monotonic(), 0
-        with session.connect(config.address), progress.images(verb, run.plan.num_images) as advance:
-
-            def count(num_images: int, by_status: dict[str, int]) -> None:
-                nonlocal scored
-                scored += sum(by_status.values())
-                advance(num_images, by_status)
-
-            manifest = execute.execute(
-                run, task, count, num_actors=config.num_actors, cpus_per_actor=config.cpus_per_actor
-            )
-        rate = scored / (time.monotonic() - started)
+    log.info("%s: model %s by %s", verb, loaded.version, execution)
+    done = job.run(
+        config.out, verb, spec, lambda: plan.stage_plan(rows(), shard_images=config.shard_images),
+        inference.ScoreTask(loaded.uri, loaded.version, execution, config.batch_size, limits),
+        ray_config=config, run_config=config,
+    )  # fmt: skip
     return ScoreSummary(
-        run=run.uri, parts=storage.join(run.uri, "parts"), num_images=manifest.num_images, counts=manifest.counts,
-        model_version=loaded.version, execution=str(execution), images_per_s=rate,
+        run=done.uri, parts=storage.join(done.uri, "parts"), num_images=done.manifest.num_images,
+        counts=done.manifest.counts, model_version=loaded.version, execution=str(execution),
+        images_per_s=done.images_per_s,
     )  # fmt: skip

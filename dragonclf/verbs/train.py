@@ -25,10 +25,11 @@ import ray.train.torch
 from pydantic import BaseModel, Field
 from torch import nn
 
-from dragonclf import progress, session, storage, tracking
-from dragonclf.config import MAX_IMAGE_BYTES, MAX_PIXELS, TrainConfig
+from dragonclf import session, storage, tracking
+from dragonclf.config import MAX_IMAGE_BYTES, MAX_IMAGE_S, MAX_PIXELS, RunConfig, TrainConfig
 from dragonclf.data.snapshot import Snapshot, open_snapshot, read_rows
-from dragonclf.engine import execute, inference, plan, runs
+from dragonclf.engine import inference, job, plan
+from dragonclf.engine.pipeline import Limits
 from dragonclf.model import bundle, canaries, zoo
 from dragonclf.model.predictor import Execution, resolve_execution
 from dragonclf.train import checkpoint, loop, worker
@@ -113,7 +114,7 @@ def _compute_features(
     transform = zoo.transform_for(backbone, size=config.size)
     task = inference.FeatureTask(
         config.arch, source, digest, config.size, execution, config.batch_size,
-        inference.Limits(MAX_IMAGE_BYTES, MAX_PIXELS),
+        Limits(MAX_IMAGE_BYTES, MAX_PIXELS, MAX_IMAGE_S),
     )  # fmt: skip
     spec = {
         "backbone": digest, "transform": transform.digest, "execution": execution.model_dump(), "snapshot": snapshot.info.id,
@@ -125,14 +126,9 @@ def _compute_features(
             read_rows(snapshot, splits=("train", "valid"), columns=columns), shard_images=config.shard_images
         )
 
-    run = runs.open_run(storage.join(config.out, "features"), "features", spec, stage)
-    if run.published:
-        log.info("features: computed before, in run %s", run.name)
-    else:
-        log.info("features: frozen %s by %s", config.arch, execution)
-        with progress.images("features", run.plan.num_images) as advance:
-            execute.execute(run, task, advance, num_actors=config.num_actors, cpus_per_actor=config.cpus_per_actor)
-    return run.uri
+    log.info("features: frozen %s by %s", config.arch, execution)
+    out = storage.join(config.out, "features")
+    return job.run(out, "features", spec, stage, task, ray_config=config, run_config=RunConfig()).uri
 
 
 def _cpus_per_worker(config: TrainConfig) -> int:

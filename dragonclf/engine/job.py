@@ -1,0 +1,82 @@
+"""A whole engine job, as every verb runs it: lease, run, shards, publication, pointer."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dragonclf import progress, session
+from dragonclf.config import RayConfig, RunConfig
+from dragonclf.engine import execute, lease, plan, published, runs
+from dragonclf.engine.actor import Task
+from dragonclf.engine.pipeline import SCORED
+from dragonclf.outcomes import TooManyErrorsError
+
+log = logging.getLogger("dragonclf")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A published run."""
+
+    uri: str
+    manifest: published.Manifest
+    images_per_s: float | None  # of this call's images, the start of its actors included; None: nothing was to do
+
+
+def run(
+    out_uri: str,
+    verb: str,
+    spec: dict[str, Any],
+    stage: Callable[[], plan.StagedPlan],
+    task: Task,
+    *,
+    ray_config: RayConfig,
+    run_config: RunConfig,
+) -> Outcome:
+    """Bring the run that `spec` asks for to its publication, and point to it.
+
+    Raises:
+        BusyError: another driver is at work on it.
+        StorageError, ValueError: what stopped it; the same command resumes.
+        TooManyErrorsError: it is published and not pointed to.
+    """
+    uri = runs.lease_uri(out_uri, verb, spec)
+    with lease.Lease(uri, at_least_once=run_config.at_least_once) as held:
+        run = runs.open_run(
+            out_uri, verb, spec, stage, held=held, new_run=run_config.new_run, retry_errors=run_config.retry_errors,
+        )  # fmt: skip
+        rate = None
+        if run.published:
+            log.info("%s: nothing to do: run %s is published", verb, run.name)
+            manifest = published.read_manifest(run.uri)
+        else:
+            log.info("%s: run %s of %s images", verb, run.uri, f"{run.plan.num_images:,}")
+            started, done = time.monotonic(), 0
+            with session.connect(ray_config.address), progress.images(verb, run.plan.num_images) as advance:
+
+                def count(num_images: int, by_status: dict[str, int]) -> None:
+                    nonlocal done
+                    done += sum(by_status.values())
+                    advance(num_images, by_status)
+
+                manifest = execute.execute(
+                    run, task, count, held, num_actors=ray_config.num_actors,
+                    cpus_per_actor=ray_config.cpus_per_actor, max_actor_bytes=run_config.max_actor_bytes,
+                )  # fmt: skip
+            rate = done / (time.monotonic() - started)
+        _check_errors(run, manifest, run_config.max_error_rate)
+        published.point_to(out_uri, manifest, atomic=held.atomic)
+        return Outcome(run.uri, manifest, rate)
+
+
+def _check_errors(run: runs.Run, manifest: published.Manifest, max_error_rate: float) -> None:
+    bad = manifest.num_images - manifest.num_with(*SCORED)
+    if bad > max_error_rate * manifest.num_images:
+        statuses = ", ".join(f"{count:,} {status}" for status, count in manifest.counts.items() if status not in SCORED)
+        raise TooManyErrorsError(
+            f"{bad:,} of {manifest.num_images:,} images have no result ({statuses}), more than --max-error-rate {max_error_rate:g} allows: "
+            f"run {run.uri} is complete and its rows stand, but it is not made the latest; look at the column error, then use "
+            "--retry-errors, or accept it with a larger --max-error-rate"
+        )

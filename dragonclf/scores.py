@@ -1,0 +1,32 @@
+"""Read what a run published, and nothing else: `read_scores`."""
+
+import pyarrow.dataset as ds
+
+from dragonclf import storage
+from dragonclf.engine import published
+
+
+def read_scores(uri: str, *, run: str | None = None) -> ds.Dataset:
+    """Return the rows of a published run as a pyarrow dataset, read lazily: one row per image, columns as in the README.
+
+    Args:
+        uri: What was given as ``--out``, or the URI of one run.
+        run: Name of a run under `uri`. None: the newest published one, or `uri` itself if it is a run's.
+
+    Each part was checked to be there and to be as it was when the run was published. A run that is not published is refused, whatever
+    of it is there already. On S3 the credentials of now are used; temporary ones must outlive the reading.
+
+    Raises:
+        ValueError: nothing is published there, or a part is missing or was changed since.
+        StorageError: the store does not answer.
+    """
+    uri = storage.resolve(uri).removesuffix("/")
+    if run is not None:
+        run_uri = storage.join(uri, "runs", run)
+    elif uri.rpartition("/")[0].endswith("/runs"):
+        run_uri = uri
+    else:
+        run_uri = published.read_latest(uri)
+    parts = published.check_parts(run_uri, published.read_manifest(run_uri))
+    filesystem, paths = storage.arrow_files(parts)
+    return ds.dataset(paths, format="parquet", filesystem=filesystem)
