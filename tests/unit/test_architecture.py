@@ -17,11 +17,11 @@ LAYERS = [
     {"data"},
     {"model"},
     {"evaluate"},
-    {"session", "progress", "tracking"},
+    {"outcomes", "session", "progress", "tracking"},
     {"engine"},
     {"train"},
     {"verbs"},
-    {"learner", "options", "demo", "cli", "__main__", "__init__"},
+    {"learner", "scores", "options", "demo", "cli", "__main__", "__init__"},
 ]
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 WITHOUT_RAY = ["config", "storage", "data", "model", "evaluate"]

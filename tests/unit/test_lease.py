@@ -1,17 +1,20 @@
 """The lease: one holder, taken over from the dead at once and from the silent in time, never shared."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dragonclf import storage
 from dragonclf.engine import lease
+from dragonclf.outcomes import BusyError
 
 
 @pytest.fixture(autouse=True)
@@ -29,12 +32,19 @@ def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"s3://work/{tmp_path.parent.name}/{tmp_path.name}/lease.json"
 
 
+@contextlib.contextmanager
+def acquired(uri: str, *, at_least_once: bool = False) -> Iterator[lease.Lease]:
+    with lease.Lease(uri, at_least_once=at_least_once) as made:
+        made.acquire()
+        yield made
+
+
 def held(uri: str) -> lease.Holder:
     return lease.Holder.model_validate_json(storage.get(uri))
 
 
 def test_held_renewed_released_and_taken_again(uri: str):
-    with lease.Lease(uri) as first:
+    with acquired(uri) as first:
         assert first.fence == 1
         first.ensure()
         beat = held(uri).beat
@@ -43,16 +53,17 @@ def test_held_renewed_released_and_taken_again(uri: str):
             assert time.monotonic() < deadline
             time.sleep(0.02)
     assert held(uri).released
-    with lease.Lease(uri) as second:
+    with acquired(uri) as second:
         assert second.fence == 2
 
 
 def test_a_second_driver_is_told_who_is_at_work(uri: str):
-    with lease.Lease(uri), pytest.raises(lease.BusyError, match=rf"process {os.getpid()} on .* holds {uri}"), lease.Lease(uri):  # fmt: skip
+    with acquired(uri), pytest.raises(BusyError, match=rf"process {os.getpid()} on .* holds {uri}"), acquired(uri):  # fmt: skip
         pytest.fail("two hold one lease")
 
 
-def test_of_many_at_once_one_holds(uri: str):
+def test_of_many_at_once_one_holds(uri: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lease, "TTL_S", 30.0)  # six threads on two cores may keep a heartbeat waiting
     inside, most, busy = 0, 0, 0
     lock, start = threading.Lock(), threading.Barrier(6)
 
@@ -60,14 +71,14 @@ def test_of_many_at_once_one_holds(uri: str):
         nonlocal inside, most, busy
         start.wait()
         try:
-            with lease.Lease(uri):
+            with acquired(uri):
                 with lock:
                     inside += 1
                     most = max(most, inside)
                 time.sleep(0.8)
                 with lock:
                     inside -= 1
-        except lease.BusyError:
+        except BusyError:
             busy += 1
 
     threads = [threading.Thread(target=contend) for _ in range(6)]
@@ -82,12 +93,14 @@ def test_of_many_at_once_one_holds(uri: str):
 HOLD = """
 import sys, time
 from dragonclf.engine import lease
+from dragonclf.outcomes import BusyError
 lease.HEARTBEAT_S, lease.TTL_S, lease.POLL_S = 0.1, 1.0, 0.05
 try:
     with lease.Lease(sys.argv[1]) as held:
+        held.acquire()
         print("held", flush=True)
         time.sleep(60)
-except lease.BusyError as error:
+except BusyError as error:
     print(error, flush=True)
 """
 
@@ -104,7 +117,7 @@ def test_a_dead_driver_of_this_host_is_taken_over_at_once(uri: str, monkeypatch:
     holder.kill()
     holder.communicate()
     monkeypatch.setattr(lease, "TTL_S", 1000.0)
-    with lease.Lease(uri) as taken:
+    with acquired(uri) as taken:
         assert taken.fence == 2
 
 
@@ -112,7 +125,7 @@ def test_a_frozen_driver_is_taken_over_in_time_and_stops_when_it_wakes(uri: str)
     holder = start_holder(uri)
     holder.send_signal(signal.SIGSTOP)
     started = time.monotonic()
-    with lease.Lease(uri) as taken:
+    with acquired(uri) as taken:
         assert time.monotonic() - started >= lease.TTL_S
         assert taken.fence == 2
         holder.send_signal(signal.SIGCONT)
@@ -124,22 +137,34 @@ def test_a_frozen_driver_is_taken_over_in_time_and_stops_when_it_wakes(uri: str)
 
 def test_who_lost_the_lease_cannot_ensure_it(uri: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lease, "HEARTBEAT_S", 1000.0)
-    ours = lease.Lease(uri)
-    with pytest.raises(lease.BusyError, match="another driver took over"), ours:
+    with acquired(uri) as ours:
         storage.put(uri, held(uri).model_copy(update={"fence": 7, "token": "other"}).model_dump_json().encode())
-        ours.ensure()
+        with pytest.raises(BusyError, match="another driver took over"):
+            ours.ensure()
     assert held(uri).fence == 7
     assert not held(uri).released
+
+
+def test_a_lease_that_could_not_be_released_is_free_for_its_own_process(uri: str, monkeypatch: pytest.MonkeyPatch):
+    def fail(uri: str, data: bytes, *, etag: str) -> None:
+        raise storage.StorageError(f"cannot write {uri}")
+
+    with monkeypatch.context() as patch, acquired(uri):
+        patch.setattr(storage._store(uri), "replace", fail)
+    assert not held(uri).released
+    monkeypatch.setattr(lease, "TTL_S", 1000.0)
+    with acquired(uri) as again:
+        assert again.fence == 2
 
 
 def test_a_store_without_conditions_is_refused_or_accepted(uri: str, monkeypatch: pytest.MonkeyPatch):
     store = storage._store(uri)
     monkeypatch.setattr(store, "create", lambda uri, data: store.put(uri, data))
     monkeypatch.setattr(store, "replace", lambda uri, data, *, etag: store.put(uri, data))
-    with pytest.raises(ValueError, match="keeps no conditional writes .* --at-least-once"), lease.Lease(uri):
+    with pytest.raises(ValueError, match=r"keeps no conditional writes .* --at-least-once"), acquired(uri):
         pytest.fail("accepted")
     storage.put(uri, held(uri).model_copy(update={"released": True}).model_dump_json().encode())
-    with lease.Lease(uri, at_least_once=True) as ours:
+    with acquired(uri, at_least_once=True) as ours:
         assert not ours.atomic
         ours.ensure()
     assert held(uri).released
@@ -153,9 +178,9 @@ def test_a_store_that_says_it_has_no_conditions(uri: str, monkeypatch: pytest.Mo
 
     for name in ("create", "replace"):
         monkeypatch.setattr(storage._store(uri), name, refuse)
-    with pytest.raises(ValueError, match="keeps no conditional writes"), lease.Lease(uri):
+    with pytest.raises(ValueError, match="keeps no conditional writes"), acquired(uri):
         pytest.fail("accepted")
     assert storage.stat(uri) is None
-    with lease.Lease(uri, at_least_once=True) as ours:
+    with acquired(uri, at_least_once=True) as ours:
         ours.ensure()
     assert held(uri).released

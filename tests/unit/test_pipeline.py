@@ -2,9 +2,11 @@
 
 import asyncio
 import hashlib
+import io
 import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,31 +14,30 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
+from PIL import Image
 
 from dragonclf import storage
-from dragonclf.data.images import ImageError
+from dragonclf.data import images
 from dragonclf.demo.local_s3 import LocalS3
-from dragonclf.engine.pipeline import Pipeline, ShardResult
+from dragonclf.engine.pipeline import Limits, Pipeline, ShardResult, SuspectError
 from tests.conftest import use_identity
 
 BATCH = 4
 
 
 class NumberWorker:
-    """An image is a number in text; the model doubles it and tells what else was in its batch."""
+    """An image is a number, its one pixel; the model doubles it and tells what else was in its batch."""
 
     batch_size = BATCH
     pixels_shape: tuple[int, ...] | None = (2,)
-    max_image_bytes = 100
 
     def __init__(self, *, delay_s: float = 0.0):
         self.batches: list[tuple[int, ...]] = []
         self._delay_s, self._model = delay_s, threading.Lock()
 
-    def read(self, data: bytes) -> tuple[dict[str, Any], np.ndarray | None]:
-        if not data.isdigit():
-            raise ImageError("unreadable", f"not a number: {data!r}")
-        number = int(data)
+    def read(self, data: bytes, image: torch.Tensor) -> tuple[dict[str, Any], np.ndarray | None]:
+        number = int(image[0, 0, 0])
         if self._delay_s:
             time.sleep(self._delay_s * (hash((number, threading.get_ident())) % 7))
         return {"number": number}, np.array([number, 1], np.uint8)
@@ -56,9 +57,22 @@ class NumberWorker:
             {
                 "uri": planned["uri"], "etag": pa.array(result.etags, pa.string()), "status": result.statuses,
                 "error": pa.array(result.errors, pa.string()), "number": [value.get("number") for value in result.values],
-                "double": pa.array(doubles[:, 0], mask=~result.ok),
+                "double": pa.array(doubles[:, 0], mask=~result.scored),
             }
         )  # fmt: skip
+
+
+def pipeline_of(
+    worker: NumberWorker, num_threads: int = 2, *, max_s: float = 60.0, elsewhere: Sequence[str] = ()
+) -> Pipeline:
+    limits = Limits(max_bytes=100, max_pixels=100, max_s=max_s)
+    return Pipeline(worker, num_threads=num_threads, limits=limits, elsewhere=lambda: list(elsewhere))
+
+
+def image_of(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (1, 1), (number, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def plan_of(uris: Sequence[str], sizes: Sequence[int | None] | None = None) -> pa.Table:
@@ -73,14 +87,14 @@ def plan_of(uris: Sequence[str], sizes: Sequence[int | None] | None = None) -> p
 
 def write_numbers(folder: Path, numbers: Sequence[int]) -> list[str]:
     for number in numbers:
-        (folder / str(number)).write_bytes(str(number).encode())
+        (folder / str(number)).write_bytes(image_of(number))
     return [f"{folder}/{number}" for number in numbers]
 
 
 def test_one_row_an_image_in_order_each_with_its_own_result(tmp_path: Path):
     worker = NumberWorker()
     uris = write_numbers(tmp_path, range(97))
-    table = Pipeline(worker, num_threads=3).process(plan_of(uris))
+    table = pipeline_of(worker, 3).process(plan_of(uris))
     assert table["uri"].to_pylist() == uris
     assert table["number"].to_pylist() == list(range(97))
     assert table["double"].to_pylist() == [2 * i for i in range(97)]
@@ -94,7 +108,7 @@ def test_batches_depend_on_the_plan_alone(tmp_path: Path):
     seen = []
     for delay_s in (0.0, 0.003, 0.003):
         worker = NumberWorker(delay_s=delay_s)
-        Pipeline(worker, num_threads=8).process(plan_of(uris))
+        pipeline_of(worker, 8).process(plan_of(uris))
         seen.append(sorted(worker.batches))
     numbers = [
         0 if i in (7, 31, 32) else i for i in range(1, 33)
@@ -105,13 +119,14 @@ def test_batches_depend_on_the_plan_alone(tmp_path: Path):
 def test_what_cannot_be_used_is_a_row_that_says_why(tmp_path: Path):
     uris = write_numbers(tmp_path, [1, 2, 3])
     (tmp_path / "bad").write_bytes(b"bad")
-    (tmp_path / "long").write_bytes(b"1" * 101)
+    (tmp_path / "long").write_bytes(image_of(1) + bytes(101))
     (tmp_path / "folder").mkdir()
     uris += [f"{tmp_path}/{name}" for name in ("bad", "none", "long", "folder", "listed-long")]
-    table = Pipeline(NumberWorker(), num_threads=2).process(plan_of(uris, [None] * 7 + [101]))
-    assert table["status"].to_pylist() == ["ok"] * 3 + ["unreadable", "missing", "too_large", "missing", "too_large"]
+    table = pipeline_of(NumberWorker(), 2).process(plan_of(uris, [None] * 7 + [101]))
+    assert table["status"].to_pylist() == ["ok"] * 3 + ["unsupported", "missing", "too_large", "missing", "too_large"]
     assert table["error"].to_pylist() == [
-        None, None, None, "not a number: b'bad'", "the object is no longer there", "101 bytes, over the limit of 100",
+        None, None, None, "not an image in a known format", "the object is no longer there",
+        f"{len(image_of(1)) + 101} bytes, over the limit of 100",
         "the object is no longer there", "101 bytes, over the limit of 100",
     ]  # fmt: skip
     assert table["double"].to_pylist() == [2, 4, 6, None, None, None, None, None]
@@ -126,7 +141,7 @@ def test_too_large_by_the_listing_is_never_read(tmp_path: Path):
     path = tmp_path / "1"
     path.write_bytes(b"1")
     unread = path.stat().st_atime_ns
-    table = Pipeline(NumberWorker(), num_threads=1).process(plan_of([str(path)], [10**12]))
+    table = pipeline_of(NumberWorker(), 1).process(plan_of([str(path)], [10**12]))
     assert (table["status"][0].as_py(), table["etag"][0].as_py(), path.stat().st_atime_ns) == (
         "too_large",
         None,
@@ -136,27 +151,27 @@ def test_too_large_by_the_listing_is_never_read(tmp_path: Path):
 
 @pytest.mark.parametrize("count", [0, 1, BATCH, BATCH + 1])
 def test_shards_of_any_size(count: int, tmp_path: Path):
-    table = Pipeline(NumberWorker(), num_threads=2).process(plan_of(write_numbers(tmp_path, range(count))))
+    table = pipeline_of(NumberWorker(), 2).process(plan_of(write_numbers(tmp_path, range(count))))
     assert table["double"].to_pylist() == [2 * i for i in range(count)]
 
 
 def test_without_a_model_nothing_is_predicted(tmp_path: Path):
     worker = NumberWorker()
     worker.pixels_shape = None
-    worker.read = lambda data: ({"number": int(data)}, None)  # pyright: ignore[reportAttributeAccessIssue]
-    table = Pipeline(worker, num_threads=2).process(plan_of(write_numbers(tmp_path, range(9))))
+    worker.read = lambda data, image: ({"number": int(image[0, 0, 0])}, None)  # pyright: ignore[reportAttributeAccessIssue]
+    table = pipeline_of(worker, 2).process(plan_of(write_numbers(tmp_path, range(9))))
     assert (table["number"].to_pylist(), worker.batches) == (list(range(9)), [])
 
 
 def test_a_batch_of_bad_images_alone_is_not_predicted(tmp_path: Path):
     worker = NumberWorker()
-    table = Pipeline(worker, num_threads=2).process(plan_of([f"{tmp_path}/{i}" for i in range(BATCH)]))
+    table = pipeline_of(worker, 2).process(plan_of([f"{tmp_path}/{i}" for i in range(BATCH)]))
     assert (table["status"].to_pylist(), worker.batches) == (["missing"] * BATCH, [])
 
 
 def test_two_shards_at_once_keep_apart(tmp_path: Path):
     worker = NumberWorker(delay_s=0.001)
-    pipeline = Pipeline(worker, num_threads=4)
+    pipeline = pipeline_of(worker, 4)
     uris = write_numbers(tmp_path, range(100))
     shards = [uris[:50], uris[50:], uris[25:75], uris[::-1]]
     with ThreadPoolExecutor(4) as pool:
@@ -169,41 +184,148 @@ def test_two_shards_at_once_keep_apart(tmp_path: Path):
 
 def test_s3_denied_is_a_row_and_missing_one_too(s3_env: LocalS3, monkeypatch: pytest.MonkeyPatch):
     for i in range(3):
-        storage.put(f"s3://photos/numbers/{i} #?.txt", str(i).encode())
+        storage.put(f"s3://photos/numbers/{i} #?.txt", image_of(i))
     uris = [f"s3://photos/numbers/{i} #?.txt" for i in range(4)]
-    table = Pipeline(NumberWorker(), num_threads=2).process(plan_of(uris))
+    table = pipeline_of(NumberWorker(), 2).process(plan_of(uris))
     assert table["status"].to_pylist() == ["ok", "ok", "ok", "missing"]
-    assert table["etag"].to_pylist()[:3] == [hashlib.md5(str(i).encode()).hexdigest() for i in range(3)]
+    assert table["etag"].to_pylist()[:3] == [hashlib.md5(image_of(i)).hexdigest() for i in range(3)]
+
+    fetch = storage.fetch
 
     async def denied(uri: str) -> tuple[bytes, str]:
-        raise storage.AccessDeniedError(f"cannot read {uri}: access denied")
+        if uri == uris[1]:
+            raise storage.AccessDeniedError(f"cannot read {uri}: access denied")
+        return await fetch(uri)
 
     monkeypatch.setattr(storage, "fetch", denied)  # the server knows no rights per object
-    table = Pipeline(NumberWorker(), num_threads=2).process(plan_of(uris[:1]))
-    assert (table["status"][0].as_py(), table["error"][0].as_py()) == (
-        "denied",
-        f"cannot read {uris[0]}: access denied",
+    table = pipeline_of(NumberWorker(), 2, elsewhere=uris).process(plan_of(uris))
+    assert table["status"].to_pylist() == ["ok", "denied", "ok", "missing"]
+    assert table["error"][1].as_py() == f"cannot read {uris[1]}: access denied"
+
+
+def numbers_that_fail(
+    monkeypatch: pytest.MonkeyPatch, fails: Callable[[str, int], bool], *, error: type[storage.StorageError]
+) -> Counter[str]:
+    """Make reads fail for (uri, how often it was read before). Returns the counts of reads."""
+    fetch, reads = storage.fetch, Counter[str]()
+
+    async def failing(uri: str) -> tuple[bytes, str]:
+        reads[uri] += 1
+        if fails(uri, reads[uri] - 1):
+            raise error(f"cannot read {uri}: it fails")
+        return await fetch(uri)
+
+    monkeypatch.setattr(storage, "fetch", failing)
+    return reads
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(storage.StorageError, "timeout"), (storage.AccessDeniedError, "denied")]
+)
+def test_one_image_that_cannot_be_read_is_blamed_after_others_could_be(
+    error: type[storage.StorageError], status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    uris = write_numbers(tmp_path, range(8))
+    reads = numbers_that_fail(monkeypatch, lambda uri, _: uri.endswith("/5"), error=error)
+    table = pipeline_of(NumberWorker(), 2, elsewhere=uris).process(plan_of(uris))
+    assert table["status"].to_pylist() == ["ok"] * 5 + [status] + ["ok"] * 2
+    assert table["error"][5].as_py() == f"cannot read {uris[5]}: it fails"
+    assert reads[uris[5]] == 2
+
+
+def test_a_failure_that_passes_costs_a_second_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    uris = write_numbers(tmp_path, range(8))
+    numbers_that_fail(
+        monkeypatch, lambda uri, before: uri.endswith("/5") and not before, error=storage.AccessDeniedError
+    )
+    table = pipeline_of(NumberWorker(), 2, elsewhere=uris).process(plan_of(uris))
+    assert table["double"].to_pylist() == [2 * i for i in range(8)]
+
+
+@pytest.mark.parametrize("error", [storage.StorageError, storage.AccessDeniedError, storage.CredentialsError])
+def test_a_store_that_fails_in_the_middle_blames_no_image(
+    error: type[storage.StorageError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    uris = write_numbers(tmp_path, range(200))
+    reads = numbers_that_fail(monkeypatch, lambda uri, before: reads.total() > 100, error=error)
+    with pytest.raises(storage.StorageError, match="it fails"):
+        pipeline_of(NumberWorker(), 2, elsewhere=uris).process(plan_of(uris))
+
+
+def test_a_shard_denied_whole_is_told_from_a_store_denied_by_images_of_other_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    uris = write_numbers(tmp_path, range(9))
+    numbers_that_fail(monkeypatch, lambda uri, _: not uri.endswith("/8"), error=storage.AccessDeniedError)
+    with pytest.raises(storage.StorageError, match="no other image there can be read either"):
+        pipeline_of(NumberWorker(), 2, elsewhere=uris[:2]).process(plan_of(uris[:8]))
+    table = pipeline_of(NumberWorker(), 2, elsewhere=uris[7:]).process(plan_of(uris[:8]))
+    assert table["status"].to_pylist() == ["denied"] * 8
+
+
+def test_a_replaced_object_is_scored_as_it_is_and_says_so(tmp_path: Path):
+    uris = write_numbers(tmp_path, range(3))
+    etags = [getattr(storage.stat(uri), "etag", "") for uri in uris]
+    (tmp_path / "1").write_bytes(image_of(77))
+    planned = plan_of(uris).set_column(1, "etag", pa.array(etags))
+    table = pipeline_of(NumberWorker(), 2).process(planned)
+    assert table["status"].to_pylist() == ["ok", "changed", "ok"]
+    assert table["double"].to_pylist() == [0, 154, 4]
+    assert table["etag"][1].as_py() == getattr(storage.stat(uris[1]), "etag", None) != etags[1]
+    assert (
+        table["error"][1].as_py()
+        == f"the object was replaced after it was listed (then etag {etags[1]}): this is what it is now"
     )
 
 
+def test_an_image_that_takes_too_long_makes_its_shard_suspect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    uris = write_numbers(tmp_path, range(12))
+    decode = images.decode
+
+    def slow(data: bytes, **limits: int) -> torch.Tensor:
+        image = decode(data, **limits)
+        if int(image[0, 0, 0]) == 5:
+            time.sleep(1.5)
+        if int(image[0, 0, 0]) == 6 and starved:
+            raise MemoryError
+        return image
+
+    monkeypatch.setattr(images, "decode", slow)
+    starved = False
+    pipeline = pipeline_of(NumberWorker(), 2, max_s=0.3)
+    with pytest.raises(SuspectError, match=r"was not decoded in 0\.3 s"):
+        pipeline.process(plan_of(uris))
+    starved = True
+    with pytest.raises(SuspectError, match="not enough memory"):
+        pipeline.process(plan_of(uris[6:]))
+    starved = False
+    assert pipeline.process(plan_of(uris[6:]))["double"].to_pylist() == [2 * i for i in range(6, 12)]
+
+
+def test_isolated_rows_equal_the_others(tmp_path: Path):
+    uris = write_numbers(tmp_path, range(30))
+    (tmp_path / "7").write_bytes(b"broken")
+    pipeline = pipeline_of(NumberWorker(), 2)
+    assert pipeline.process(plan_of(uris), isolate=True).equals(pipeline.process(plan_of(uris)))
+    assert pipeline._isolation._decoders == {}
+
+
 def test_refused_credentials_stop_the_shard(s3_env: LocalS3, monkeypatch: pytest.MonkeyPatch):
-    storage.put("s3://photos/numbers/1", b"1")
-    pipeline = Pipeline(NumberWorker(), num_threads=2)
+    storage.put("s3://photos/numbers/1", image_of(1))
+    pipeline = pipeline_of(NumberWorker(), 2)
     use_identity(s3_env.environment("admin") | {"AWS_SECRET_ACCESS_KEY": "wrong" * 8}, monkeypatch)
     with pytest.raises(storage.StorageError, match=r"the store refuses the credentials"):
         pipeline.process(plan_of(["s3://photos/numbers/1"] * 50))
 
 
 def test_a_pipeline_works_on_after_a_shard_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    pipeline = Pipeline(NumberWorker(), num_threads=2)
+    pipeline = pipeline_of(NumberWorker(), 2)
     uris = write_numbers(tmp_path, range(60))
     fetch = storage.fetch
 
     async def down(uri: str) -> tuple[bytes, str]:
         await asyncio.sleep(0)
-        if uri.endswith("/3"):
-            raise storage.StorageError("cannot read: no route to the store")
-        return await fetch(uri)
+        raise storage.StorageError(f"cannot read {uri}: no route to the store")
 
     for _ in range(5):
         monkeypatch.setattr(storage, "fetch", down)
@@ -221,7 +343,7 @@ def test_bytes_in_flight_are_bounded_also_by_one_that_is_larger(tmp_path: Path, 
     flying, most, lock = 0, 0, threading.Lock()
     read = worker.read
 
-    def counted(data: bytes) -> tuple[dict[str, Any], np.ndarray | None]:
+    def counted(data: bytes, image: torch.Tensor) -> tuple[dict[str, Any], np.ndarray | None]:
         nonlocal flying, most
         with lock:
             flying += 1
@@ -229,10 +351,10 @@ def test_bytes_in_flight_are_bounded_also_by_one_that_is_larger(tmp_path: Path, 
         time.sleep(0.002)
         with lock:
             flying -= 1
-        return read(data)
+        return read(data, image)
 
     worker.read = counted  # pyright: ignore[reportAttributeAccessIssue]
     uris = write_numbers(tmp_path, range(24))
-    table = Pipeline(worker, num_threads=8).process(plan_of(uris, [5] * 20 + [90] * 4))
+    table = pipeline_of(worker, 8).process(plan_of(uris, [5] * 20 + [90] * 4))
     assert table["double"].to_pylist() == [2 * i for i in range(24)]
     assert most <= 2
