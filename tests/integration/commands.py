@@ -4,10 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from dragonclf import storage
+from dragonclf.data import tables
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "dragonclf"]
@@ -41,3 +45,35 @@ def upload(prefix: str, images: dict[str, bytes]) -> None:
     """Put objects under a prefix, by their keys below it."""
     for key, data in images.items():
         storage.put(f"{prefix}/{key}", data)
+
+
+def only_run(out: str) -> str:
+    """URI of the one run under an output."""
+    (claim,) = [found.uri for found in storage.list_objects(f"{out}/runs") if found.uri.endswith("/run.json")]
+    return claim.removesuffix("/run.json")
+
+
+def wait_for_parts(driver: subprocess.Popen[str], out: str, count: int) -> None:
+    """Return when a running command has written so many parts."""
+    deadline = time.monotonic() + 120
+    while len([found for found in storage.list_objects(out) if "/parts/" in found.uri]) < count:
+        assert driver.poll() is None, driver.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def uris_of(part: str) -> list[str]:
+    """The images of a part."""
+    return tables.read(part, columns=["uri"])["uri"].to_pylist()
+
+
+def local_copy(parts_uri: str, folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    for found in storage.list_objects(parts_uri):
+        (folder / storage.name(found.uri)).write_bytes(storage.get(found.uri))
+    return folder
+
+
+def frame_of(parts_uri: str, folder: Path) -> pd.DataFrame:
+    """All rows of a folder of parts, by uri. They are copied to `folder` first: a reader that knows nothing of us."""
+    return pd.read_parquet(local_copy(parts_uri, folder)).sort_values("uri", ignore_index=True)

@@ -43,7 +43,7 @@ def test_nothing_outlives_the_demo(number: signal.Signals, tmp_path: Path):
     assert "weed" in names
     assert "raylet" in names
     os.kill(process.pid, number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=180)
     if number == signal.SIGKILL:  # two agents of Ray's take a minute to notice
         children = [child for child in children if child.is_running() and "Agent" not in child.name()]
     else:
