@@ -107,7 +107,9 @@ def test_images_that_kill_starve_or_hang_their_decoder_cost_only_themselves(
         "0150-hang.png": codec.picture("hang"),
     }
     upload("s3://photos/killers", bucket | planted)
-    done = scored(small_bundle, "s3://photos/killers", "s3://work/killers", max_actor_bytes=1700 * 2**20, max_image_s=12)
+    done = scored(
+        small_bundle, "s3://photos/killers", "s3://work/killers", max_actor_bytes=1700 * 2**20, max_image_s=12
+    )
     assert done.counts == {"ok": NUM_IMAGES, "decoder_crash": 2, "timeout": 1}
     frame = frame_of(done.parts, tmp_path / "parts")
     frame["key"] = frame["uri"].str.removeprefix("s3://photos/killers/")
