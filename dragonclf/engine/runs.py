@@ -121,11 +121,13 @@ def open_run(
             number += 1
         uri = _run_uri(out_uri, digest, number)
         claim = Claim(run=storage.name(uri), verb=verb, spec=spec, base=base)
-        # If another driver claims this number first it runs the same spec: both then work on the one plan that wins.
         storage.put_if_absent(storage.join(uri, CLAIM), claim.model_dump_json(indent=2).encode(), atomic=held.atomic)
+        # If another driver claimed this number first it runs the same spec, and its claim says whose plan the run has.
+        base = _read_claim(uri).base
         if base is not None:
             plan.copy(_sibling(uri, base), uri, atomic=held.atomic)
-        elif staged is not None:
+        else:
+            staged = staged or stack.enter_context(stage())
             staged.upload(uri, atomic=held.atomic)
     run = _read_run(uri, held.atomic)
     assert run is not None
@@ -165,14 +167,14 @@ def redo_errors(run: Run, shard: int, planned: pa.Table, process: Callable[[pa.T
     """Rows of a shard of a run with a `base`: the base's own, and what `process` makes of the images whose status is in `RETRIED`."""
     assert run.base is not None
     kept = tables.read(storage.join(run.base, f"parts/{shard:08d}.parquet"))
+    if kept["uri"] != planned["uri"]:
+        raise ValueError(f"{run.uri} and {run.base} do not plan the same images: choose another --out")
     again = [row for row, status in enumerate(kept["status"].to_pylist()) if status in RETRIED]
     if not again:
         return kept
     places = list(range(kept.num_rows))
     for offset, row in enumerate(again):
         places[row] = kept.num_rows + offset
-    if kept["uri"] != planned["uri"]:
-        raise ValueError(f"{run.uri} and {run.base} do not plan the same images: start again with --new-run")
     redone = process(planned.take(again))
     return pa.concat_tables([kept.replace_schema_metadata(None), redone.replace_schema_metadata(None)]).take(places)
 

@@ -199,7 +199,7 @@ class Protocol(RuleBasedStateMachine):
         """Put a bug in. None here."""
 
     def stage(self) -> plan.StagedPlan:
-        rows = [{"uri": f"in/{i}", "etag": f"v{self.version}", "size": 1} for i in range(3)]
+        rows = [{"uri": f"in/v{self.version}/{i}", "etag": f"v{self.version}", "size": 1} for i in range(3)]
         return plan.stage_plan([pa.Table.from_pylist(rows, schema=SCHEMA)], shard_images=2)
 
     def finish(self, run: runs.Run, held: lease.Lease) -> None:
@@ -301,9 +301,15 @@ class Protocol(RuleBasedStateMachine):
             manifest = published.read_manifest(run_uri)
             assert len(published.check_parts(run_uri, manifest)) == manifest.num_parts == 2
             table = pa.concat_tables(published.read_parts(run_uri))
-            assert table["uri"].to_pylist() == [f"in/{i}" for i in range(3)]
             rows = list(zip(table["etag"].to_pylist(), table["status"].to_pylist(), strict=True))
             assert len({etag for etag, _ in rows}) == 1, "rows of two listings"
+            planned = pa.concat_tables(
+                plan.read_shard(run_uri, summary, shard)
+                for summary in [plan.read_summary(run_uri)]
+                if summary
+                for shard in range(2)
+            )
+            assert table["uri"].to_pylist() == planned["uri"].to_pylist() == [f"in/{rows[0][0]}/{i}" for i in range(3)]
             assert Counter(status for _, status in rows) == manifest.counts
             assert self.seen.setdefault(run_uri, rows) == rows
         if f"{OUT}/{published.LATEST}" in self.store.objects:
