@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from dragonclf import storage
-from dragonclf.engine import plan, runs
+from dragonclf.engine import plan, published, runs
 from dragonclf.engine.pipeline import Limits, Pipeline, SuspectError, Worker
 
 NUM_ELSEWHERE = 8  # images of other shards to ask for when none of one's own can be read
@@ -68,7 +68,10 @@ class ShardActor:
         if run.base is not None:
             table = runs.redo_errors(run, shard, planned, lambda rows: self._opened().process(rows, isolate=True))
         else:
-            table = self._process(planned, isolate=runs.begin_shard(run, shard) > 1)
+            is_again = runs.begin_shard(run, shard) > 1
+            if is_again and storage.stat(run.part_uri(shard)) is not None:  # its process ended before it could say so
+                return published.check_part(run.part_uri(shard), run.name, shard, planned.num_rows)
+            table = self._process(planned, isolate=is_again)
         return runs.write_part(run, shard, table)
 
     def _process(self, planned: pa.Table, *, isolate: bool) -> pa.Table:
