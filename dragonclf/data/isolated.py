@@ -39,6 +39,7 @@ class Decoder:
                 more than `max_bytes`).
         """
         for tries_left in reversed(range(TRIES)):
+            is_fresh = self._child is None
             child = self._started()
             hung = threading.Event()
             alarm = threading.Timer(self._max_s, _end, (child, hung))
@@ -56,6 +57,9 @@ class Decoder:
                 if not tries_left:
                     raise ImageError("decoder_crash", f"ends the process that decodes it ({_name(code)})") from None
             else:
+                if answer.get("status") == "decoder_crash" and not is_fresh:
+                    self.close()  # what came before may have left the memory in pieces: once more, in a fresh one
+                    continue
                 if "status" in answer:
                     raise ImageError(answer["status"], answer["reason"])
                 return torch.frombuffer(pixels, dtype=torch.uint8).reshape(answer["shape"])
@@ -74,7 +78,7 @@ class Decoder:
         if self._child is None or self._child.poll() is not None:
             self.close()
             self._child = subprocess.Popen(
-                [sys.executable, "-m", __spec__.name, str(self._max_pixels), str(self._max_bytes)],
+                [sys.executable, "-m", __spec__.name, str(self._max_pixels), str(self._max_bytes), str(self._max_s)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=os.environ | {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"},
@@ -85,9 +89,7 @@ class Decoder:
             except EOFError:
                 code = self._child.wait()
                 self.close()
-                raise RuntimeError(
-                    f"the process that decodes alone does not start: it ended with {_name(code)}"
-                ) from None
+                raise OSError(f"the process that decodes alone does not start: it ended with {_name(code)}") from None
         return self._child
 
 
@@ -125,7 +127,7 @@ def _receive(pipe: IO[bytes]) -> tuple[dict[str, Any], bytearray]:
     return header, payload
 
 
-def _serve(max_pixels: int, max_bytes: int) -> None:
+def _serve(max_pixels: int, max_bytes: int, max_s: float) -> None:
     torch.set_num_threads(1)
     with open("/proc/self/status") as file:
         now = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmData:"))
@@ -139,15 +141,23 @@ def _serve(max_pixels: int, max_bytes: int) -> None:
             _, data = _receive(sys.stdin.buffer)
         except EOFError:
             return
-        try:
-            image = images.decode(bytes(data), max_pixels=max_pixels)
-            _send(answers, {"shape": list(image.shape)}, image.numpy().reshape(-1).data)
-        except ImageError as error:
-            _send(answers, {"status": error.status, "reason": error.reason})
-        except MemoryError:
-            reason = f"needs more than {max_bytes / 2**20:,.0f} MiB of memory to be decoded"
-            _send(answers, {"status": "decoder_crash", "reason": reason})
+        # If the parent is gone it cannot end a decode that hangs: SIGALRM's own action does, whatever the decoder holds.
+        signal.setitimer(signal.ITIMER_REAL, 2 * max_s)
+        _answer(answers, bytes(data), max_pixels, max_bytes)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        del data  # the next image has all the memory
+
+
+def _answer(answers: IO[bytes], data: bytes, max_pixels: int, max_bytes: int) -> None:
+    try:
+        image = images.decode(data, max_pixels=max_pixels)
+        _send(answers, {"shape": list(image.shape)}, image.numpy().reshape(-1).data)
+    except ImageError as error:
+        _send(answers, {"status": error.status, "reason": error.reason})
+    except MemoryError:
+        reason = f"needs more than {max_bytes / 2**20:,.0f} MiB of memory to be decoded"
+        _send(answers, {"status": "decoder_crash", "reason": reason})
 
 
 if __name__ == "__main__":
-    _serve(*map(int, sys.argv[1:]))
+    _serve(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))

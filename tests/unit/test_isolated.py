@@ -1,5 +1,6 @@
 """Decoding in a process of its own: the same pixels and errors; what kills, starves or hangs it is told from its neighbours."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -65,7 +66,24 @@ def test_what_fits_the_memory_is_decoded(decoder: isolated.Decoder):
     assert decoder.decode(codec.picture("eat", mib=64)).shape == (3, 30, 40)
 
 
+def test_a_large_picture_leaves_the_next_one_all_the_memory(decoder: isolated.Decoder):
+    roomy = isolated.Decoder(max_pixels=40_000_000, max_bytes=320 * MIB, max_s=60.0)
+    data = encoded(size=(6000, 6000))  # 103 MiB of pixels
+    assert [roomy.decode(data).shape for _ in range(3)] == [(3, 6000, 6000)] * 3
+    roomy.close()
+
+
+def test_a_child_that_hangs_ends_when_its_parent_is_gone(decoder: isolated.Decoder):
+    hung = codec.picture("hang")
+    with pytest.raises(images.ImageError, match="timeout"):
+        decoder.decode(hung)
+    child = decoder._started()
+    assert child.stdin is not None
+    isolated._send(child.stdin, {}, hung)  # and nobody waits for the answer
+    assert child.wait(timeout=20) == -signal.SIGALRM
+
+
 def test_a_decoder_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PYTHONHOME", "/nonexistent")
-    with pytest.raises(RuntimeError, match="does not start: it ended with exit code 1"):
+    with pytest.raises(OSError, match="does not start: it ended with exit code 1"):
         isolated.Decoder(max_bytes=MIB, max_s=2.0).decode(encoded())
