@@ -13,8 +13,6 @@ from dragonclf.data.images import ImageError
 
 CONTROL_S = 10.0  # for reading the other image; more than it takes where anything works
 
-MISSING = "the object is no longer there"
-
 
 class ImageReader:
     """Reads for one event loop. `elsewhere` names other images of the plan, asked for only when none has been read yet."""
@@ -32,20 +30,17 @@ class ImageReader:
             ImageError: `missing`, `denied`, or `timeout` (the store answers for others and, after all retries, not for this one).
             StorageError: the store does not answer or refuses all.
         """
-        try:
-            return await self._fetch(uri)
-        except storage.ObjectMissingError as error:
-            raise ImageError("missing", MISSING) from error
-        except storage.StorageError as error:
-            await self._check_others(uri, error)
-        try:
-            return await self._fetch(uri)
-        except storage.ObjectMissingError as error:
-            raise ImageError("missing", MISSING) from error
-        except storage.StorageError as error:
-            await self._check_others(uri, error)
-            status = "denied" if isinstance(error, storage.AccessDeniedError) else "timeout"
-            raise ImageError(status, str(error)) from error
+        for is_last in (False, True):
+            try:
+                return await self._fetch(uri)
+            except storage.ObjectMissingError as error:
+                raise ImageError("missing", "the object is no longer there") from error
+            except storage.StorageError as error:
+                await self._check_others(uri, error)
+                if is_last:
+                    status = "denied" if isinstance(error, storage.AccessDeniedError) else "timeout"
+                    raise ImageError(status, str(error)) from error
+        raise AssertionError
 
     async def _fetch(self, uri: str) -> tuple[bytes, str]:
         found = await storage.fetch(uri)

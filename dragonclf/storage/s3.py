@@ -157,7 +157,7 @@ async def fetch(uri: str) -> tuple[bytes, str]:
     bucket, key = split(uri)
     if not _obstore_keeps(key):
         return await asyncio.to_thread(get, uri)
-    store = _obstore(bucket)
+    store = _stores.get(bucket) or await asyncio.to_thread(_obstore, bucket)  # which asks the store for the region
     try:
         found = await obstore.get_async(store, key)
         return bytes(await found.bytes_async()), (found.meta["e_tag"] or "").strip('"')
@@ -194,7 +194,7 @@ def arrow_filesystem(uri: str) -> fs.S3FileSystem:
 def forget_clients() -> None:
     """Read the AWS_* variables anew at the next operation."""
     _client.cache_clear()
-    _obstore.cache_clear()
+    _stores.clear()
 
 
 def _obstore_keeps(key: str) -> bool:
@@ -215,14 +215,16 @@ def _client() -> "S3Client":
     )
 
 
-@functools.cache
+_stores: dict[str, S3Store] = {}
+
+
 def _obstore(bucket: str) -> S3Store:
     """One store per bucket, with boto3's credentials and endpoint, and the bucket's own region."""
     client = _client()
     endpoint = client.meta.endpoint_url
     is_aws = _is_aws(endpoint)
     region = _call("find", f"s3://{bucket}", lambda: _region(bucket))
-    return S3Store(
+    _stores[bucket] = S3Store(
         bucket,
         region=region,
         endpoint=None if is_aws else endpoint,  # pyright: ignore[reportArgumentType]  None is as good as absent
@@ -242,6 +244,7 @@ def _obstore(bucket: str) -> S3Store:
             },
         },
     )
+    return _stores[bucket]
 
 
 def _is_aws(endpoint: str) -> bool:
