@@ -2,6 +2,9 @@
 
 Slower than `images.decode` by the copy of the pixels, so it is for images near one that killed a process. The child runs `images.decode`
 and nothing else; bytes go in and pixels come out through pipes, each message a line of JSON and then as many bytes as it says.
+
+An image that fails in a child which others share, or have used before, is not blamed: it is tried once more in a fresh one, with more
+memory, while no other image of this process is tried so. What it does there is its own doing.
 """
 
 import contextlib
@@ -20,52 +23,77 @@ from dragonclf.config import MAX_PIXELS
 from dragonclf.data import images
 from dragonclf.data.images import ImageError
 
-TRIES = 2  # an image is blamed when it ended this many fresh or proven processes
+NO_MEMORY = "no memory"  # a child's answer, no status of a row
+_ALONE = threading.Lock()  # held by the one image of this process that is tried with all memory
+
+
+class _CrashError(Exception):
+    """The child ended, or had not enough memory, over an image."""
+
+    def __init__(self, reason: str, code: int | None = None):
+        super().__init__(reason)
+        self.code = code
 
 
 class Decoder:
     """A child process, started when needed and again after its death. One image at a time; not for several threads."""
 
-    def __init__(self, *, max_pixels: int = MAX_PIXELS, max_bytes: int, max_s: float):
-        """`max_bytes` is the memory that decoding one image may take, `max_s` the seconds."""
-        self._max_pixels, self._max_bytes, self._max_s = max_pixels, max_bytes, max_s
+    def __init__(self, *, max_pixels: int = MAX_PIXELS, max_bytes: int, max_s: float, share: int = 1):
+        """`max_bytes` is the memory for all decoders of this process, `max_s` the seconds for an image.
+
+        Half of the memory is for an image that is tried alone, half for the first tries of `share` decoders.
+        """
+        self._max_pixels, self._max_s = max_pixels, max_s
+        self._alone_bytes, self._first_bytes = max_bytes // 2, max_bytes // (2 * share)
         self._child: subprocess.Popen[bytes] | None = None
 
     def decode(self, data: bytes) -> torch.Tensor:
         """Return what `images.decode` does.
 
         Raises:
-            ImageError: as `images.decode`; `timeout` (took longer than `max_s`), `decoder_crash` (ended the process twice, or needs
-                more than `max_bytes`).
+            ImageError: as `images.decode`; `timeout` (took longer than `max_s`), `decoder_crash` (ended the process twice, or needs more
+                memory than there is for an image alone).
+            OSError: no child can be started, or something outside ends them.
         """
-        for tries_left in reversed(range(TRIES)):
-            is_fresh = self._child is None
-            child = self._started()
-            hung = threading.Event()
-            alarm = threading.Timer(self._max_s, _end, (child, hung))
-            alarm.start()
+        with contextlib.suppress(_CrashError):
+            return self._decode(data, self._first_bytes)
+        with _ALONE:
+            self.close()
             try:
-                assert child.stdin is not None
-                assert child.stdout is not None
-                _send(child.stdin, {}, data)
-                answer, pixels = _receive(child.stdout)
-            except (OSError, EOFError):
-                code = child.wait()
-                self.close()
-                if hung.is_set():
-                    raise ImageError("timeout", f"could not be decoded in {self._max_s:g} s") from None
-                if not tries_left:
-                    raise ImageError("decoder_crash", f"ends the process that decodes it ({_name(code)})") from None
-            else:
-                if answer.get("status") == "decoder_crash" and not is_fresh:
-                    self.close()  # what came before may have left the memory in pieces: once more, in a fresh one
-                    continue
-                if "status" in answer:
-                    raise ImageError(answer["status"], answer["reason"])
-                return torch.frombuffer(pixels, dtype=torch.uint8).reshape(answer["shape"])
+                return self._decode(data, self._alone_bytes)
+            except _CrashError as crash:
+                if crash.code == -signal.SIGKILL:  # no codec does that: the kernel, for want of memory, or a person
+                    raise OSError(
+                        "the process that decodes an image alone was killed from outside, twice: if this machine is short of memory, "
+                        "lower --max-actor-bytes or run fewer --num-actors"
+                    ) from crash
+                raise ImageError("decoder_crash", str(crash)) from crash
             finally:
-                alarm.cancel()
-        raise AssertionError
+                self.close()
+
+    def _decode(self, data: bytes, max_bytes: int) -> torch.Tensor:
+        child = self._started(max_bytes)
+        hung = threading.Event()
+        alarm = threading.Timer(self._max_s, _end, (child, hung))
+        alarm.start()
+        try:
+            assert child.stdin is not None
+            assert child.stdout is not None
+            _send(child.stdin, {}, data)
+            answer, pixels = _receive(child.stdout)
+        except (OSError, EOFError):
+            code = child.wait()
+            self.close()
+            if hung.is_set():
+                raise ImageError("timeout", f"could not be decoded in {self._max_s:g} s") from None
+            raise _CrashError(f"ends the process that decodes it ({_name(code)})", code) from None
+        finally:
+            alarm.cancel()
+        if answer.get("status") == NO_MEMORY:
+            raise _CrashError(answer["reason"])
+        if "status" in answer:
+            raise ImageError(answer["status"], answer["reason"])
+        return torch.frombuffer(pixels, dtype=torch.uint8).reshape(answer["shape"])
 
     def close(self) -> None:
         """End the child."""
@@ -74,11 +102,11 @@ class Decoder:
             self._child.communicate()
             self._child = None
 
-    def _started(self) -> subprocess.Popen[bytes]:
+    def _started(self, max_bytes: int) -> subprocess.Popen[bytes]:
         if self._child is None or self._child.poll() is not None:
             self.close()
             self._child = subprocess.Popen(
-                [sys.executable, "-m", __spec__.name, str(self._max_pixels), str(self._max_bytes), str(self._max_s)],
+                [sys.executable, "-m", __spec__.name, str(self._max_pixels), str(max_bytes), str(self._max_s)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=os.environ | {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"},
@@ -156,7 +184,7 @@ def _answer(answers: IO[bytes], data: bytes, max_pixels: int, max_bytes: int) ->
         _send(answers, {"status": error.status, "reason": error.reason})
     except MemoryError:
         reason = f"needs more than {max_bytes / 2**20:,.0f} MiB of memory to be decoded"
-        _send(answers, {"status": "decoder_crash", "reason": reason})
+        _send(answers, {"status": NO_MEMORY, "reason": reason})
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ A shard that was begun before and has no part ended a process, or was under way 
 decoded in a process of its own, so that an image which kills or starves its decoder becomes a row and not the end of the next process.
 """
 
+import faulthandler
 import json
 import os
 import sys
@@ -21,7 +22,8 @@ from dragonclf.engine.pipeline import Limits, Pipeline, SuspectError, Worker
 
 NUM_ELSEWHERE = 8  # images of other shards to ask for when none of one's own can be read
 GUARD_S = 0.05
-MIN_DECODE_BYTES = 256 * 2**20
+STUCK = 2  # times the seconds for an image, with no thread running, after which a process ends itself
+MIN_DECODE_BYTES = 1024 * 2**20  # for isolated decoding; half of it is for one image alone
 
 
 class Task(Protocol):
@@ -91,16 +93,20 @@ class ShardActor:
                 self._pipeline = Pipeline(
                     worker, num_threads=self._num_threads, limits=limits, elsewhere=self._elsewhere
                 )
-                threading.Thread(target=_guard, args=(self._max_bytes,), daemon=True, name="memory").start()
+                threading.Thread(target=_guard, args=(self._max_bytes, limits.max_s), daemon=True, name="guard").start()
             return self._pipeline
 
     def _elsewhere(self) -> list[str]:
         return plan.sample_uris(self._run.uri, self._run.plan, count=NUM_ELSEWHERE)
 
 
-def _guard(max_bytes: int) -> None:
-    """End the process, at once, when its memory passes the limit: before the kernel ends one of its own choice."""
+def _guard(max_bytes: int, max_s: float) -> None:
+    """End the process when its memory passes the limit, before the kernel ends one of its own choice, or when a decoder blocks it.
+
+    A decoder that hangs while it holds the interpreter's lock stops every thread, this one too; faulthandler's own needs no lock.
+    """
     while True:
+        faulthandler.dump_traceback_later(STUCK * max_s, exit=True)
         if (taken := _private_bytes()) > max_bytes:
             print(
                 f"dragonclf: this worker takes {taken:,} bytes, over its limit of {max_bytes:,}: ended",

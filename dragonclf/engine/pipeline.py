@@ -41,7 +41,7 @@ class Limits:
     max_bytes: int  # encoded
     max_pixels: int
     max_s: float  # to decode and transform it
-    max_decode_bytes: int = 4 * 2**30  # of memory to decode it, where that is watched: in a process of its own
+    max_decode_bytes: int = 4 * 2**30  # of memory, for all images that are decoded isolated at one time
 
     def of_decode(self, max_decode_bytes: int) -> "Limits":
         return replace(self, max_decode_bytes=max_decode_bytes)
@@ -110,7 +110,7 @@ class Pipeline:
         self._decodes = asyncio.Semaphore(num_threads)
         self._batches = asyncio.Semaphore(MAX_BATCHES)
         self._budget = _Budget(MAX_BYTES_IN_FLIGHT)
-        self._isolation = _Isolation(limits)
+        self._isolation = _Isolation(limits, num_threads)
         threading.Thread(target=self._loop.run_forever, daemon=True, name="fetch").start()
 
     def process(self, planned: pa.Table, *, isolate: bool = False) -> pa.Table:
@@ -204,8 +204,8 @@ class Pipeline:
 class _Isolation:
     """The isolated decoders of the decoding threads, one each, alive while some shard is processed isolated."""
 
-    def __init__(self, limits: Limits):
-        self._limits = limits
+    def __init__(self, limits: Limits, share: int):
+        self._limits, self._share = limits, share
         self._lock = threading.Lock()
         self._num_shards = 0
         self._decoders: dict[int, isolated.Decoder] = {}
@@ -230,7 +230,10 @@ class _Isolation:
             if decoder is None:
                 limits = self._limits
                 decoder = isolated.Decoder(
-                    max_pixels=limits.max_pixels, max_bytes=limits.max_decode_bytes, max_s=limits.max_s
+                    max_pixels=limits.max_pixels,
+                    max_bytes=limits.max_decode_bytes,
+                    max_s=limits.max_s,
+                    share=self._share,
                 )
                 self._decoders[threading.get_ident()] = decoder
         return decoder.decode(data)

@@ -10,7 +10,7 @@ ENVIRONMENT = {"PYTHONPATH": str(Path(__file__).parent)}
 
 
 def picture(how: str, *, mib: int = 0, colour: tuple[int, int, int] = (20, 200, 30)) -> bytes:
-    """A valid PNG that makes the test codec ``die`` (SIGSEGV), ``eat`` `mib` MiB of memory, or ``hang``."""
+    """A valid PNG that makes the test codec ``die`` (SIGSEGV), ``eat`` `mib` MiB of memory, ``hang``, or ``hold`` all its threads."""
     info = PngInfo()
     info.add_text("test-codec", how)
     info.add_text("test-mib", str(mib))

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator
+from typing import IO, Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ MIB = 2**20
 def decoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[isolated.Decoder]:
     for name, value in codec.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    made = isolated.Decoder(max_pixels=10_000, max_bytes=256 * MIB, max_s=2.0)
+    made = isolated.Decoder(max_pixels=10_000, max_bytes=512 * MIB, max_s=2.0)
     yield made
     made.close()
 
@@ -40,8 +41,9 @@ def test_pixels_and_errors_are_those_of_decode(decoder: isolated.Decoder):
         (codec.picture("die"), "decoder_crash", "ends the process that decodes it (SIGSEGV)"),
         (codec.picture("eat", mib=512), "decoder_crash", "needs more than 256 MiB of memory to be decoded"),
         (codec.picture("hang"), "timeout", "could not be decoded in 2 s"),
+        (codec.picture("hold"), "timeout", "could not be decoded in 2 s"),
     ],
-    ids=["die", "eat", "hang"],
+    ids=["die", "eat", "hang", "hold"],
 )
 def test_a_killer_is_named_and_its_neighbours_are_decoded(
     data: bytes, status: str, reason: str, decoder: isolated.Decoder
@@ -62,12 +64,36 @@ def test_one_death_from_outside_blames_no_image(decoder: isolated.Decoder):
     assert torch.equal(decoder.decode(good), images.decode(good))
 
 
+def test_kills_from_outside_that_go_on_stop_the_run_and_blame_no_image(
+    decoder: isolated.Decoder, monkeypatch: pytest.MonkeyPatch
+):
+    send = isolated._send
+
+    def send_and_kill(pipe: IO[bytes], header: dict[str, Any], payload: bytes = b"") -> None:
+        assert decoder._child is not None
+        decoder._child.kill()
+        send(pipe, header, payload)
+
+    monkeypatch.setattr(isolated, "_send", send_and_kill)
+    with pytest.raises(OSError, match=r"killed from outside, twice: .* lower --max-actor-bytes"):
+        decoder.decode(encoded("PNG"))
+
+
 def test_what_fits_the_memory_is_decoded(decoder: isolated.Decoder):
     assert decoder.decode(codec.picture("eat", mib=64)).shape == (3, 30, 40)
 
 
-def test_a_large_picture_leaves_the_next_one_all_the_memory(decoder: isolated.Decoder):
-    roomy = isolated.Decoder(max_pixels=40_000_000, max_bytes=320 * MIB, max_s=60.0)
+def test_what_does_not_fit_a_share_is_decoded_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PYTHONPATH", codec.ENVIRONMENT["PYTHONPATH"])
+    shared = isolated.Decoder(max_bytes=1024 * MIB, max_s=20.0, share=8)
+    with pytest.raises(isolated._CrashError, match="needs more than 64 MiB"):
+        shared._decode(codec.picture("eat", mib=128), shared._first_bytes)
+    assert shared.decode(codec.picture("eat", mib=128)).shape == (3, 30, 40)
+    shared.close()
+
+
+def test_a_large_picture_leaves_the_next_one_all_the_memory():
+    roomy = isolated.Decoder(max_pixels=40_000_000, max_bytes=640 * MIB, max_s=60.0)
     data = encoded(size=(6000, 6000))  # 103 MiB of pixels
     assert [roomy.decode(data).shape for _ in range(3)] == [(3, 6000, 6000)] * 3
     roomy.close()
@@ -77,7 +103,7 @@ def test_a_child_that_hangs_ends_when_its_parent_is_gone(decoder: isolated.Decod
     hung = codec.picture("hang")
     with pytest.raises(images.ImageError, match="timeout"):
         decoder.decode(hung)
-    child = decoder._started()
+    child = decoder._started(64 * MIB)
     assert child.stdin is not None
     isolated._send(child.stdin, {}, hung)  # and nobody waits for the answer
     assert child.wait(timeout=20) == -signal.SIGALRM
