@@ -1,7 +1,8 @@
 """Read the bytes of images, and tell a fault of one image from a fault of its surroundings.
 
 An image is blamed (`denied`, `timeout`) only if another one of the same store could be read right before and after it failed for the
-second time. If none can be, the fault is the environment's: StorageError, which stops the run with no row written for it.
+second time, and a file is `missing` only if another one is not. If none can be read, the fault is the environment's: StorageError, which
+stops the run with no row written for it.
 """
 
 import asyncio
@@ -34,6 +35,8 @@ class ImageReader:
             try:
                 return await self._fetch(uri)
             except storage.ObjectMissingError as error:
+                if not storage.is_s3(uri):  # a folder that was unmounted looks the same; a bucket that is gone does not
+                    await self._check_others(uri, error)
                 raise ImageError("missing", "the object is no longer there") from error
             except storage.StorageError as error:
                 await self._check_others(uri, error)
@@ -56,19 +59,38 @@ class ImageReader:
             if self._checked_s.get(store, 0.0) > failed_s:
                 return
             known = self._readable.get(store)
-            for other in [known] if known else await asyncio.to_thread(self._elsewhere):
-                if other == uri or _store(other) != store:
-                    continue
-                started_s = time.monotonic()
-                try:
-                    await asyncio.wait_for(self._fetch(other), CONTROL_S)
-                except storage.ObjectMissingError:
-                    pass  # an answer to someone who may ask
-                except (TimeoutError, storage.StorageError):
-                    continue
+            planned = [known] if known and known != uri else await asyncio.to_thread(self._elsewhere)
+            others = [other for other in planned if other != uri and _store(other) == store]
+            if not others and isinstance(cause, storage.ObjectMissingError):
+                return  # the only image of its store: nothing tells more than the answer itself
+            started_s = time.monotonic()
+            if await self._can_read_one(others):
                 self._checked_s[store] = started_s
                 return
+        self._readable.pop(store, None)
         raise storage.StorageError(f"{cause}; no other image there can be read either") from cause
+
+    async def _can_read_one(self, uris: list[str]) -> bool:
+        reads = [asyncio.ensure_future(self._answers(uri)) for uri in uris]
+        try:
+            for read in asyncio.as_completed(reads, timeout=CONTROL_S):
+                if await read:
+                    return True
+        except TimeoutError:
+            pass
+        finally:
+            for read in reads:
+                read.cancel()
+        return False
+
+    async def _answers(self, uri: str) -> bool:
+        try:
+            await self._fetch(uri)
+        except storage.ObjectMissingError:
+            return storage.is_s3(uri)  # an answer to someone who may ask
+        except storage.StorageError:
+            return False
+        return True
 
 
 def _store(uri: str) -> str:

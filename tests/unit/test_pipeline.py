@@ -263,6 +263,34 @@ def test_a_shard_denied_whole_is_told_from_a_store_denied_by_images_of_other_sha
     assert table["status"].to_pylist() == ["denied"] * 8
 
 
+def test_files_that_are_all_gone_are_a_folder_that_is_gone(tmp_path: Path):
+    uris = write_numbers(tmp_path, range(8))
+    planned = plan_of(uris)
+    for uri in uris[1:]:
+        Path(uri).unlink()
+    pipeline = pipeline_of(NumberWorker(), 2, elsewhere=uris)
+    assert pipeline.process(planned)["status"].to_pylist() == ["ok"] + ["missing"] * 7
+    Path(uris[0]).unlink()
+    with pytest.raises(storage.StorageError, match="does not exist; no other image there can be read either"):
+        pipeline.process(planned)
+
+
+def test_control_reads_share_one_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    uris = write_numbers(tmp_path, range(9))
+
+    async def hanging(uri: str) -> tuple[bytes, str]:
+        if uri != uris[8]:
+            await asyncio.sleep(3600)
+        raise storage.StorageError(f"cannot read {uri}: it fails")
+
+    monkeypatch.setattr(storage, "fetch", hanging)
+    monkeypatch.setattr("dragonclf.engine.fetch.CONTROL_S", 0.5)
+    started_s = time.monotonic()
+    with pytest.raises(storage.StorageError, match="it fails; no other image there"):
+        pipeline_of(NumberWorker(), 2, elsewhere=uris[:8]).process(plan_of(uris[8:]))
+    assert time.monotonic() - started_s < 3
+
+
 def test_a_replaced_object_is_scored_as_it_is_and_says_so(tmp_path: Path):
     uris = write_numbers(tmp_path, range(3))
     etags = [getattr(storage.stat(uri), "etag", "") for uri in uris]
