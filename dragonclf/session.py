@@ -35,8 +35,25 @@ def connect(address: str) -> Iterator[None]:
         yield
         return
     debug = log.isEnabledFor(logging.DEBUG)
-    on_sigterm = signal.getsignal(signal.SIGTERM)
     ending = threading.Event()
+    try:
+        _join(address, debug, ending)
+        yield
+    finally:
+        ending.set()  # also when ray.init is interrupted: what ends then is not the raylet's doing
+        ray.shutdown()
+
+
+def has_gpu(address: str) -> bool:
+    """Whether the Ray that `connect(address)` gives has a GPU."""
+    if address == LOCAL and not ray.is_initialized():
+        return torch.cuda.is_available()
+    with connect(address):
+        return ray.cluster_resources().get("GPU", 0) > 0
+
+
+def _join(address: str, debug: bool, ending: threading.Event) -> None:
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if address == LOCAL:
             threading.Thread(target=_watch_raylet, args=(ending,), daemon=True, name="raylet").start()
@@ -44,7 +61,6 @@ def connect(address: str) -> Iterator[None]:
         else:
             ray.init(address=address, log_to_driver=debug, logging_level=_level(debug))
     except Exception as error:  # Ray raises no less when a server of its own does not come up
-        ending.set()
         reason = (str(error).splitlines() or ["no answer"])[0]
         if address == LOCAL:
             raise StorageError(
@@ -62,19 +78,6 @@ def connect(address: str) -> Iterator[None]:
     logging.getLogger("ray.data").setLevel(logging.INFO if debug else logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    try:
-        yield
-    finally:
-        ending.set()
-        ray.shutdown()
-
-
-def has_gpu(address: str) -> bool:
-    """Whether the Ray that `connect(address)` gives has a GPU."""
-    if address == LOCAL and not ray.is_initialized():
-        return torch.cuda.is_available()
-    with connect(address):
-        return ray.cluster_resources().get("GPU", 0) > 0
 
 
 def _start_local(debug: bool) -> None:
