@@ -139,7 +139,7 @@ class EvaluateConfig(ScoringConfig):
     seed: int = Field(default=0, ge=0, description="Draws the random galleries.")
 
 
-class TrainConfig(RayConfig, ExecutionConfig):
+class TrainConfig(RayConfig, ExecutionConfig, RunConfig):
     """Options of `train`."""
 
     data: str = Field(

@@ -22,6 +22,7 @@ class Outcome:
 
     uri: str
     manifest: published.Manifest
+    atomic: bool  # whether the output's store keeps conditional writes
     images_per_s: float | None  # of this call's images, the start of its actors included; None: nothing was to do
 
 
@@ -68,7 +69,7 @@ def run(
             rate = done / (time.monotonic() - started)
         _check_errors(run, manifest, run_config.max_error_rate)
         published.point_to(out_uri, manifest, atomic=held.atomic)
-        return Outcome(run.uri, manifest, rate)
+        return Outcome(run.uri, manifest, held.atomic, rate)
 
 
 def _check_errors(run: runs.Run, manifest: published.Manifest, max_error_rate: float) -> None:

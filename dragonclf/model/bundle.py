@@ -82,11 +82,12 @@ def save_bundle(
     snapshot: str,
     config: dict[str, Any],
     metrics: dict[str, float],
+    atomic: bool = True,
 ) -> Bundle:
     """Write a bundle, ``model.json`` last, and return it as loaded back. `canaries` are encoded images that can be decoded.
 
     If the same model (weights, classes, transform) is there already, it stays as it is. ValueError, with nothing changed, if another one
-    is; or if the model's logits are not finite.
+    is; or if the model's logits are not finite. `atomic` as in `storage.put_if_absent`.
     """
     pixels = np.stack([transform.for_eval(decode(image)).numpy() for image in canaries])
     f32 = Execution(runtime="torch", device="cpu", precision="f32")
@@ -116,7 +117,7 @@ def save_bundle(
         return there
     for name, data in files.items():
         storage.put(storage.join(uri, name), data)
-    if not storage.put_if_absent(storage.join(uri, INFO), info.model_dump_json(indent=2).encode()):
+    if not storage.put_if_absent(storage.join(uri, INFO), info.model_dump_json(indent=2).encode(), atomic=atomic):
         raise _taken(uri)
     return load_bundle(uri)
 

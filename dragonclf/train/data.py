@@ -107,4 +107,6 @@ def _refuse_lost(table: pa.Table) -> None:
 
 
 def _lost(uri: str, reason: str) -> ValueError:
-    return ValueError(f"{uri} was usable when it was indexed and is not now ({reason}): index the images again")
+    return ValueError(
+        f"{uri} was usable when it was indexed and is not now ({reason}): index the images again, or use --retry-errors if that has passed"
+    )

@@ -24,13 +24,8 @@ log = logging.getLogger("dragonclf")
 SPLIT_FOLDERS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
 
 
-MEASURED = (
-    "width",
-    "height",
-    "sha256",
-    "status",
-    "error",
-)  # columns of our own: a manifest's of that name becomes input_<name>
+# Columns of our own: a manifest's of that name becomes input_<name>.
+MEASURED = ("width", "height", "sha256", "status", "error")
 
 
 def index(config: IndexConfig) -> snapshot.Snapshot:
@@ -57,7 +52,7 @@ def index(config: IndexConfig) -> snapshot.Snapshot:
         seed=config.seed,
     )
     pointer = {"snapshot": made.info.id, "planned_s": manifest.planned_s}
-    published.advance_pointer(storage.join(config.out, snapshot.FOLDER, snapshot.LATEST), pointer)
+    published.advance_pointer(storage.join(config.out, snapshot.FOLDER, snapshot.LATEST), pointer, atomic=done.atomic)
     return made
 
 

@@ -26,7 +26,7 @@ from pydantic import BaseModel, Field
 from torch import nn
 
 from dragonclf import session, storage, tracking
-from dragonclf.config import MAX_IMAGE_BYTES, MAX_IMAGE_S, MAX_PIXELS, RunConfig, TrainConfig
+from dragonclf.config import MAX_IMAGE_BYTES, MAX_IMAGE_S, MAX_PIXELS, RayConfig, RunConfig, TrainConfig
 from dragonclf.data.snapshot import Snapshot, open_snapshot, read_rows
 from dragonclf.engine import inference, job, plan
 from dragonclf.engine.pipeline import Limits
@@ -38,17 +38,16 @@ log = logging.getLogger("dragonclf")
 
 MAX_CPUS_PER_WORKER = 8
 POLL_S = 1.0
+# Options that change where, how fast or whether a run gets done, and not what it comes to.
 _NOT_RESULTS = {
-    "address",
-    "num_actors",
-    "cpus_per_actor",
-    "shard_images",
     "batch_size",
     "num_workers",
     "max_failures",
     "mlflow_uri",
     "out",
     "name",
+    *RayConfig.model_fields,
+    *RunConfig.model_fields,
 }
 
 
@@ -79,7 +78,9 @@ def train(config: TrainConfig) -> TrainSummary:
     name = config.name or f"{config.arch}-{hashlib.sha256(json.dumps(args, sort_keys=True).encode()).hexdigest()[:8]}"
     run_uri = storage.join(config.out, name)
     if not storage.put_if_absent(
-        storage.join(run_uri, "args.json"), json.dumps(args, indent=2, sort_keys=True).encode()
+        storage.join(run_uri, "args.json"),
+        json.dumps(args, indent=2, sort_keys=True).encode(),
+        atomic=not config.at_least_once,
     ):
         raise ValueError(f"the run at {run_uri} was started with other options: choose another --name")
     model_uri = storage.join(run_uri, "model")
@@ -128,7 +129,7 @@ def _compute_features(
 
     log.info("features: frozen %s by %s", config.arch, execution)
     out = storage.join(config.out, "features")
-    return job.run(out, "features", spec, stage, task, ray_config=config, run_config=RunConfig()).uri
+    return job.run(out, "features", spec, stage, task, ray_config=config, run_config=config).uri
 
 
 def _cpus_per_worker(config: TrainConfig) -> int:
@@ -224,7 +225,7 @@ def _save_bundle(config: TrainConfig, job: worker.TrainJob, args: dict[str, Any]
     return bundle.save_bundle(
         storage.join(job.run_uri, "model"), model, arch=config.arch, classes=job.snapshot.info.classes, transform=transform,
         canaries=encoded, pretrained=job.pretrained, snapshot=job.snapshot.uri, config=args,
-        metrics={key: last[key] for key in ("train_loss", "valid_loss", "valid_accuracy")},
+        metrics={key: last[key] for key in ("train_loss", "valid_loss", "valid_accuracy")}, atomic=not config.at_least_once,
     )  # fmt: skip
 
 

@@ -35,11 +35,14 @@ class S3Proxy:
     """`delay_s` is waited before each GET of an image. `faults` may be replaced at any time."""
 
     def __init__(
-        self, endpoint: str, *, delay_s: float = 0.0, faults: Faults | None = None, strip: tuple[str, ...] = ()
-    ):
-        """`strip` names request headers that the proxy loses (a server that checks signatures will refuse them then)."""
+        self, endpoint: str, *, delay_s: float = 0.0, faults: Faults | None = None, strip: tuple[str, ...] = (),
+        unknown: tuple[str, ...] = (),
+    ):  # fmt: skip
+        """`strip` names request headers that the proxy loses (a server that checks signatures will refuse them then), `unknown` those
+        that it answers with 501."""
         host, port = endpoint.removeprefix("http://").split(":")
         self.target, self.delay_s, self.faults, self.strip = (host, int(port)), delay_s, faults or Faults(), strip
+        self.unknown = unknown
         self.requests: Counter[tuple[str, str]] = Counter()  # (method, path) of all that came, failed ones too
         self.failures: Counter[str] = Counter()
         self.lock = threading.Lock()
@@ -132,6 +135,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         if proxy.delay_s and self.command == "GET" and path.endswith(".jpg"):
             time.sleep(proxy.delay_s)
+        if any(name in self.headers for name in proxy.unknown):
+            return self._answer(501, _error("NotImplemented"))
         if faults.denied:
             return self._answer(403, _error(faults.denied))
         if proxy.drawn(faults.slow_down, "slow_down"):
