@@ -126,6 +126,12 @@ class ScoreConfig(ScoringConfig):
         description="Folder or s3:// prefix to score whole, or a CSV or Parquet manifest with a column uri.",
         json_schema_extra={"positional": True},
     )
+    since: str | None = Field(
+        default=None,
+        pattern=r"^(latest|[0-9a-f]{12}-[0-9]{5})$",
+        description="Keep the rows of objects that have not changed (same uri and etag) since an earlier published run of the same model: "
+        "latest, or a run's name. Their images are not read. None: score all.",
+    )
 
 
 class EvaluateConfig(ScoringConfig):

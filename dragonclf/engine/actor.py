@@ -5,7 +5,6 @@ decoded in a process of its own, so that an image which kills or starves its dec
 """
 
 import faulthandler
-import json
 import os
 import sys
 import threading
@@ -17,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 
 from dragonclf import storage
-from dragonclf.engine import plan, published, runs
+from dragonclf.engine import plan, published, reuse, runs
 from dragonclf.engine.pipeline import Limits, Pipeline, SuspectError, Worker
+from dragonclf.engine.published import PartFacts
 
 NUM_ELSEWHERE = 8  # images of other shards to ask for when none of one's own can be read
 GUARD_S = 0.05
@@ -46,14 +46,15 @@ class ShardActor:
         self._run, self._task, self._num_threads, self._max_bytes = run, task, num_threads, max_bytes
         self._opening = threading.Lock()
         self._pipeline: Pipeline | None = None
+        self._earlier: reuse.EarlierRows | None = None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Do the one shard in the batch: read its plan, process, write its part. A failure is an answer that stops the driver."""
         shard = int(batch["shard"][0])
-        counts: dict[str, int] = {}
+        facts: PartFacts | None = None
         kind, failure = "", ""
         try:
-            counts = self._do(shard)
+            facts = self._do(shard)
         except storage.StorageError as error:
             kind, failure = "storage", str(error)
         except ValueError as error:
@@ -62,27 +63,32 @@ class ShardActor:
             kind, failure = "storage", f"a worker process failed on shard {shard}: {error}"
         except Exception:  # noqa: BLE001  a bug of ours: Ray Data would log it, drop the shard and go on
             kind, failure = "bug", traceback.format_exc()
-        return {"shard": [shard], "counts": [json.dumps(counts)], "kind": [kind], "failure": [failure]}
+        done = facts.model_dump_json() if facts else ""
+        return {"shard": [shard], "facts": [done], "kind": [kind], "failure": [failure]}
 
-    def _do(self, shard: int) -> dict[str, int]:
+    def _do(self, shard: int) -> PartFacts:
         run = self._run
         planned = plan.read_shard(run.uri, run.plan, shard)
-        if run.base is not None:
-            table = runs.redo_errors(run, shard, planned, lambda rows: self._opened().process(rows, isolate=True))
-        else:
-            is_again = runs.begin_shard(run, shard) > 1
-            if is_again and storage.stat(run.part_uri(shard)) is not None:  # its process ended before it could say so
-                return published.check_part(run.part_uri(shard), run.name, shard, planned.num_rows)
-            table = self._process(planned, isolate=is_again)
-        return runs.write_part(run, shard, table)
+        is_again = runs.begin_shard(run, shard) > 1
+        if is_again and storage.stat(run.part_uri(shard)) is not None:  # its process ended before it could say so
+            return published.check_part(run.part_uri(shard), run.name, shard, planned.num_rows)
+        if run.base is None:
+            return runs.write_part(run, shard, self._process(planned, isolate=is_again))
+        with self._opening:
+            if self._earlier is None:
+                self._earlier = reuse.EarlierRows(run.base, same_plan=run.same_plan)
+        # An image that failed before may be one that kills or hangs its decoder.
+        isolate = is_again or run.same_plan
+        table, num_kept = self._earlier.complete(shard, planned, lambda rows: self._process(rows, isolate=isolate))
+        return runs.write_part(run, shard, table, num_kept=num_kept)
 
     def _process(self, planned: pa.Table, *, isolate: bool) -> pa.Table:
         if not isolate:
             try:
-                return self._opened().process(planned)
+                return reuse.with_input(self._opened().process(planned), planned)
             except SuspectError:
                 pass
-        return self._opened().process(planned, isolate=True)
+        return reuse.with_input(self._opened().process(planned, isolate=True), planned)
 
     def _opened(self) -> Pipeline:
         with self._opening:

@@ -5,7 +5,6 @@ a shard, whatever the number of images.
 """
 
 import contextlib
-import json
 import warnings
 from collections.abc import Callable, Generator
 from typing import Any, cast
@@ -16,16 +15,16 @@ import ray.exceptions
 from ray.util.annotations import RayDeprecationWarning
 
 from dragonclf import storage
-from dragonclf.engine import lease, plan, runs
+from dragonclf.engine import lease, plan, reuse, runs
 from dragonclf.engine.actor import ShardActor, Task
-from dragonclf.engine.published import Manifest
+from dragonclf.engine.published import Manifest, PartFacts
 
 MAX_CPUS_PER_ACTOR = 8
 MAX_PASSES = 3  # over the shards that have no part
 MAX_TASK_RETRIES = 2  # of a shard in one pass, each in another process
 SHARDS_PER_ACTOR = 2  # at one time, so that no shard boundary leaves the model idle
 
-Progress = Callable[[int, dict[str, int]], None]
+Progress = Callable[[int, PartFacts | None], None]
 
 
 def execute(
@@ -40,13 +39,13 @@ def execute(
 ) -> Manifest:
     """Bring a run to its publication: do the shards that have no part, in passes, check them all, publish.
 
-    `progress` is called with (images of a shard just done, its counts by status), first for the parts that are there already.
+    `progress` is called with (images of a shard just done, what its part tells), first with None for the parts that are there already.
     Raises StorageError or ValueError as met in an actor, StorageError for a shard that ends every process which does it, and BusyError
     if the lease is lost. The run then stays, to be resumed by the same command.
     """
     sizes = plan.shard_sizes(run.uri, run.plan)
     missing = runs.missing_shards(run)
-    progress(sum(sizes) - sum(sizes[shard] for shard in missing), {})
+    progress(sum(sizes) - sum(sizes[shard] for shard in missing), None)
     reason = ""
     for tries_left in reversed(range(MAX_PASSES)):
         if not missing:
@@ -56,8 +55,8 @@ def execute(
         try:
             shards = _run_shards(run, task, missing, at_once, num_actors, cpus_per_actor, max_actor_bytes)
             with contextlib.closing(shards):
-                for shard, counts in shards:
-                    progress(sizes[shard], counts)
+                for shard, facts in shards:
+                    progress(sizes[shard], facts)
         except ray.exceptions.RayError as error:
             reason = f": {str(error).strip().splitlines()[-1]}"
         missing = runs.missing_shards(run)
@@ -66,8 +65,9 @@ def execute(
             f"{len(missing)} shards of {run.uri} (the first: {missing[0]}) ended every worker process that did them{reason}; "
             "the same command tries them again"
         )
+    num_deleted = reuse.write_deleted(run.uri, run.plan, run.base) if run.base and not run.same_plan else 0
     held.ensure()
-    return runs.publish(run, fence=held.fence)
+    return runs.publish(run, fence=held.fence, num_deleted=num_deleted)
 
 
 def _run_shards(
@@ -78,8 +78,8 @@ def _run_shards(
     num_actors: int | None,
     cpus_per_actor: int | None,
     max_actor_bytes: int | None,
-) -> Generator[tuple[int, dict[str, int]], None, None]:
-    """Yield (shard, counts) as parts are written. A shard whose process ended `MAX_TASK_RETRIES` + 1 times is left out."""
+) -> Generator[tuple[int, PartFacts], None, None]:
+    """Yield (shard, what its part tells) as parts are written. A shard whose process ended `MAX_TASK_RETRIES` + 1 times is left out."""
     cpus = cpus_per_actor or min(MAX_CPUS_PER_ACTOR, _largest_node())
     resources = ray.cluster_resources()
     fit = int(resources.get("GPU", 0)) if task.uses_gpu else int(resources.get("CPU", 0) // cpus)
@@ -110,7 +110,7 @@ def _run_shards(
         for row in rows:
             if row["failure"]:
                 raise _FAILURES[row["kind"]](row["failure"])
-            yield int(row["shard"]), json.loads(row["counts"])
+            yield int(row["shard"]), PartFacts.model_validate_json(row["facts"])
 
 
 def _largest_node() -> int:

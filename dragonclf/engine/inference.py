@@ -79,7 +79,7 @@ class _InferenceWorker:
 
 
 class ScoreWorker(_InferenceWorker):
-    """Rows: uri, etag, status, error, label, confidence, prob_*, width, height, model_version, then the input's own columns."""
+    """Rows: uri, etag, status, error, label, confidence, prob_*, width, height, model_version."""
 
     def __init__(self, predictor: Predictor, classes: list[str], model_version: str):
         super().__init__(predictor)
@@ -104,16 +104,11 @@ class ScoreWorker(_InferenceWorker):
             "height": pa.array([value.get("height") for value in result.values], pa.int32()),
             "model_version": pa.array([self._model_version] * count, pa.string()),
         }
-        for name in planned.column_names[3:]:
-            free = name
-            while free in columns:
-                free = f"input_{free}"
-            columns[free] = planned[name]
         return pa.table(columns)
 
 
 class FeatureWorker(_InferenceWorker):
-    """Rows: uri, status, error, features (float32 list of one length), then the plan's further columns."""
+    """Rows: uri, etag, status, error, features (float32 list of one length)."""
 
     def predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         return {"features": self.predictor(pixels)[1]}
@@ -123,10 +118,10 @@ class FeatureWorker(_InferenceWorker):
         return pa.table(
             {
                 "uri": planned["uri"],
+                "etag": pa.array(result.etags, pa.string()),
                 "status": pa.array(result.statuses, pa.string()),
                 "error": pa.array(result.errors, pa.string()),
                 "features": pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), features.shape[1]),
-                **{name: planned[name] for name in planned.column_names[3:]},
             }
         )
 

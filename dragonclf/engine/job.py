@@ -23,7 +23,9 @@ class Outcome:
     uri: str
     manifest: published.Manifest
     atomic: bool  # whether the output's store keeps conditional writes
-    images_per_s: float | None  # of this call's images, the start of its actors included; None: nothing was to do
+    images_per_s: (
+        float | None
+    )  # of the images that this call read, the start of its actors included; None: nothing was to do
 
 
 def run(
@@ -35,8 +37,9 @@ def run(
     *,
     ray_config: RayConfig,
     run_config: RunConfig,
+    since: str | None = None,
 ) -> Outcome:
-    """Bring the run that `spec` asks for to its publication, and point to it.
+    """Bring the run that `spec` asks for to its publication, and point to it. `since` as in `runs.open_run`.
 
     Raises:
         BusyError: another driver is at work on it.
@@ -47,6 +50,7 @@ def run(
     with lease.Lease(uri, at_least_once=run_config.at_least_once) as held:
         run = runs.open_run(
             out_uri, verb, spec, stage, held=held, new_run=run_config.new_run, retry_errors=run_config.retry_errors,
+            since=since,
         )  # fmt: skip
         rate = None
         if run.published:
@@ -57,10 +61,10 @@ def run(
             started, done = time.monotonic(), 0
             with session.connect(ray_config.address), progress.images(verb, run.plan.num_images) as advance:
 
-                def count(num_images: int, by_status: dict[str, int]) -> None:
+                def count(num_images: int, facts: published.PartFacts | None) -> None:
                     nonlocal done
-                    done += sum(by_status.values())
-                    advance(num_images, by_status)
+                    done += num_images - facts.num_kept if facts else 0
+                    advance(num_images, facts.counts if facts else {})
 
                 manifest = execute.execute(
                     run, task, count, held, num_actors=ray_config.num_actors,

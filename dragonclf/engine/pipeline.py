@@ -70,7 +70,10 @@ class Worker(Protocol):
         ...
 
     def table(self, planned: pa.Table, result: "ShardResult") -> pa.Table:
-        """Lay out the result: one row per planned row, in order, with a ``status`` column."""
+        """Lay out the result: one row per planned row, in order, with the columns ``uri``, ``etag``, ``status`` and ``error``.
+
+        The input's further columns (those of `planned` past uri, etag and size) are left out: they are appended to every job's rows.
+        """
         ...
 
 

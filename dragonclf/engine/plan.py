@@ -27,6 +27,7 @@ MAX_SHARD_BYTES = 4 * 2**30
 
 NUM_COPIERS = 16
 
+COLUMNS = ("uri", "etag", "size")  # of every planned row; the input's further columns follow
 SHARDS = "shards.parquet"
 SUMMARY = "plan.json"
 

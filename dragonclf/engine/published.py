@@ -32,6 +32,11 @@ class Manifest(BaseModel):
     num_images: int = Field(description="Planned images = rows in all parts together.")
     num_parts: int
     counts: dict[str, int] = Field(description="Rows by status.")
+    base: str | None = Field(default=None, description="Name of the earlier run that rows were kept of.")
+    num_kept: int = Field(default=0, description="Rows kept of that run, whose images were not read.")
+    num_deleted: int = Field(
+        default=0, description="Images of that run that are no longer there: `deleted.parquet` of this one."
+    )
     parts_table: str = Field(description="Name of the Parquet file that lists every part with its etag.")
     parts_sha256: str = Field(description="Of that file.")
 
@@ -99,12 +104,7 @@ def check_parts(run_uri: str, manifest: Manifest) -> list[str]:
 
     That is told by its etag, and in a copy of the run, which has other etags, by what its footer says.
     """
-    encoded = storage.get(storage.join(run_uri, manifest.parts_table))
-    if hashlib.sha256(encoded).hexdigest() != manifest.parts_sha256:
-        raise ValueError(
-            f"{run_uri}/{manifest.parts_table} is not what {MANIFEST} says: it was changed since; score again with --new-run"
-        )
-    table = tables.decode(encoded, manifest.parts_table)
+    table = read_parts_table(run_uri, manifest)
     shards, sizes, etags = (table[name].to_pylist() for name in ("shard", "images", "etag"))
     found = {storage.name(part.uri): part.etag for part in list_parts(run_uri)}
     uris = [storage.join(run_uri, f"parts/{shard:08d}.parquet") for shard in shards]
@@ -122,8 +122,27 @@ def check_parts(run_uri: str, manifest: Manifest) -> list[str]:
     return uris
 
 
-def check_part(uri: str, run: str, shard: int, num_rows: int) -> dict[str, int]:
-    """Counts by status that a part's footer tells. ValueError unless it is whole and that run's, that shard's, and of so many rows."""
+def read_parts_table(run_uri: str, manifest: Manifest) -> pa.Table:
+    """One row a part: shard, images, etag, counts (JSON), first_uri, last_uri, num_kept. ValueError if it was changed since."""
+    encoded = storage.get(storage.join(run_uri, manifest.parts_table))
+    if hashlib.sha256(encoded).hexdigest() != manifest.parts_sha256:
+        raise ValueError(
+            f"{run_uri}/{manifest.parts_table} is not what {MANIFEST} says: it was changed since; score again with --new-run"
+        )
+    return tables.decode(encoded, manifest.parts_table)
+
+
+class PartFacts(BaseModel):
+    """What the footer of a part tells beside its origin: a JSON object under the key ``dragonclf.facts``."""
+
+    counts: dict[str, int] = Field(description="Rows by status.")
+    first_uri: str = Field(description="The smallest, by code points.")
+    last_uri: str = Field(description="The largest.")
+    num_kept: int = Field(description="Rows kept of an earlier run.")
+
+
+def check_part(uri: str, run: str, shard: int, num_rows: int) -> PartFacts:
+    """What a part's footer tells. ValueError unless it is whole and that run's, that shard's, and of so many rows."""
     found_rows, metadata = tables.read_footer(uri)
     found = (metadata.get("dragonclf.run"), metadata.get("dragonclf.shard"), found_rows)
     if found != (run, str(shard), num_rows):
@@ -131,7 +150,7 @@ def check_part(uri: str, run: str, shard: int, num_rows: int) -> dict[str, int]:
             f"{uri} is not this run's part: it says (run, shard, rows) {found}, planned are {(run, str(shard), num_rows)}: "
             "something else writes here; choose another --out"
         )
-    return json.loads(metadata["dragonclf.counts"])
+    return PartFacts.model_validate_json(metadata["dragonclf.facts"])
 
 
 def list_parts(run_uri: str) -> Iterator[storage.ObjectInfo]:

@@ -28,18 +28,14 @@ from pydantic import BaseModel, Field
 
 from dragonclf import storage
 from dragonclf.data import tables
-from dragonclf.engine import lease, plan, published
-from dragonclf.engine.published import MANIFEST, Manifest
+from dragonclf.engine import lease, plan, published, reuse
+from dragonclf.engine.published import MANIFEST, Manifest, PartFacts
 
 log = logging.getLogger("dragonclf")
 
 CLAIM = "run.json"
-RETRIED = (
-    "missing",
-    "denied",
-    "timeout",
-    "decoder_crash",
-)  # what may come out otherwise next time; the rest is the image's own
+LATEST_RUN = "latest"  # as a value of `since`
+INPUT = "input"  # key of a spec: what was listed; the other keys tell what was done to it
 
 
 class Run(BaseModel):
@@ -50,8 +46,9 @@ class Run(BaseModel):
     spec: dict[str, Any]
     name: str
     base: str | None = Field(
-        description="URI of the run whose rows are kept but for its errors. None: every image is read."
+        description="URI of the earlier run whose rows are kept where they hold. None: every image is read."
     )
+    same_plan: bool = Field(description="Whether its plan is this run's too: only its errors are tried again.")
     plan: plan.PlanSummary
     published: bool
     atomic: bool = Field(description="Whether the store keeps conditional writes.")
@@ -66,7 +63,8 @@ class Claim(BaseModel):
     run: str
     verb: str
     spec: dict[str, Any]
-    base: str | None = Field(description="Name of the run whose errors are retried.")
+    base: str | None = Field(description="Name of the earlier run whose rows are kept where they hold.")
+    same_plan: bool = Field(description="Whether its plan is this run's too: only its errors are tried again.")
 
 
 def lease_uri(out_uri: str, verb: str, spec: dict[str, Any]) -> str:
@@ -83,12 +81,14 @@ def open_run(
     held: lease.Lease,
     new_run: bool = False,
     retry_errors: bool = False,
+    since: str | None = None,
 ) -> Run:
     """Return the run that `spec` asks for: an unpublished one to resume, a published one with nothing left to do, or a new one.
 
     `held` is acquired, before the input is listed if there was a run before, else after: a listing that fails leaves nothing.
     `stage` lists the input; it is not called if there is a run to resume. A published run stands if the new plan equals its own, unless
     `new_run`. With `retry_errors` a new run keeps the newest published one's plan and rows, but for those whose status is in `RETRIED`.
+    With `since` ("latest", or a run's name) it keeps the rows of that published run for objects that have not changed.
     """
     digest = _digest(verb, spec)
     with contextlib.ExitStack() as stack:
@@ -105,26 +105,28 @@ def open_run(
             return last
         base: str | None = None
         if number and last is None:
-            base = _read_claim(uri).base  # claimed by a driver that came no further
+            base, retry_errors = _kept_of(uri)  # claimed by a driver that came no further
         elif retry_errors:
             if last is None:
                 raise ValueError(f"there is no run of this model and input under {out_uri}: leave --retry-errors out")
-            if not published.read_manifest(last.uri).num_with(*RETRIED):
-                log.info("%s: run %s has no row to try again (%s)", verb, last.name, ", ".join(RETRIED))
+            if not published.read_manifest(last.uri).num_with(*reuse.RETRIED):
+                log.info("%s: run %s has no row to try again (%s)", verb, last.name, ", ".join(reuse.RETRIED))
                 return last
             base = last.name
-        if base is None:
+        elif since is not None:
+            base = _since(since, out_uri, verb, spec, last)
+        if not retry_errors:
             staged = staged or stack.enter_context(stage())
             if last is not None and last.plan.digest == staged.summary.digest and not new_run:
                 return last
         if last is not None or not number:
             number += 1
         uri = _run_uri(out_uri, digest, number)
-        claim = Claim(run=storage.name(uri), verb=verb, spec=spec, base=base)
+        claim = Claim(run=storage.name(uri), verb=verb, spec=spec, base=base, same_plan=retry_errors)
         storage.put_if_absent(storage.join(uri, CLAIM), claim.model_dump_json(indent=2).encode(), atomic=held.atomic)
         # If another driver claimed this number first it runs the same spec, and its claim says whose plan the run has.
-        base = _read_claim(uri).base
-        if base is not None:
+        base, same_plan = _kept_of(uri)
+        if base is not None and same_plan:
             plan.copy(_sibling(uri, base), uri, atomic=held.atomic)
         else:
             staged = staged or stack.enter_context(stage())
@@ -150,40 +152,27 @@ def begin_shard(run: Run, shard: int) -> int:
     return attempt
 
 
-def write_part(run: Run, shard: int, table: pa.Table) -> dict[str, int]:
-    """Store a shard's rows unless its part is there already. Returns the part's counts by status.
+def write_part(run: Run, shard: int, table: pa.Table, *, num_kept: int = 0) -> PartFacts:
+    """Store a shard's rows, `num_kept` of them an earlier run's, unless its part is there already. Returns what the part's footer tells.
 
-    The footer names run, shard and counts; a part of another driver is accepted only if they fit.
+    The footer names run and shard; a part of another driver is accepted only if they fit.
     """
-    counts = Counter(table["status"].to_pylist())
-    metadata = {"dragonclf.run": run.name, "dragonclf.shard": str(shard), "dragonclf.counts": json.dumps(counts)}
+    uris = table["uri"].to_pylist()
+    facts = PartFacts(
+        counts=Counter(table["status"].to_pylist()), first_uri=min(uris), last_uri=max(uris), num_kept=num_kept
+    )
+    metadata = {"dragonclf.run": run.name, "dragonclf.shard": str(shard), "dragonclf.facts": facts.model_dump_json()}
     uri = run.part_uri(shard)
     if storage.put_if_absent(uri, tables.encode(table, metadata=metadata), atomic=run.atomic):
-        return dict(counts)
+        return facts
     return published.check_part(run.part_uri(shard), run.name, shard, table.num_rows)
 
 
-def redo_errors(run: Run, shard: int, planned: pa.Table, process: Callable[[pa.Table], pa.Table]) -> pa.Table:
-    """Rows of a shard of a run with a `base`: the base's own, and what `process` makes of the images whose status is in `RETRIED`."""
-    assert run.base is not None
-    kept = tables.read(storage.join(run.base, f"parts/{shard:08d}.parquet"))
-    if kept["uri"] != planned["uri"]:
-        raise ValueError(f"{run.uri} and {run.base} do not plan the same images: choose another --out")
-    again = [row for row, status in enumerate(kept["status"].to_pylist()) if status in RETRIED]
-    if not again:
-        return kept
-    places = list(range(kept.num_rows))
-    for offset, row in enumerate(again):
-        places[row] = kept.num_rows + offset
-    redone = process(planned.take(again))
-    return pa.concat_tables([kept.replace_schema_metadata(None), redone.replace_schema_metadata(None)]).take(places)
-
-
-def publish(run: Run, *, fence: int) -> Manifest:
+def publish(run: Run, *, fence: int, num_deleted: int = 0) -> Manifest:
     """Check that every planned image has its row in the store, then make the run valid by one conditional write.
 
-    `fence` tells this driver's table of parts from those of others. Raises ValueError naming the part that is missing or does not fit;
-    nothing is published then.
+    `fence` tells this driver's table of parts from those of others, `num_deleted` images of the earlier run are no longer there. Raises
+    ValueError naming the part that is missing or does not fit; nothing is published then.
     """
     sizes = plan.shard_sizes(run.uri, run.plan)
     etags = {storage.name(found.uri): found.etag for found in published.list_parts(run.uri)}
@@ -193,7 +182,7 @@ def publish(run: Run, *, fence: int) -> Manifest:
                 f"{run.part_uri(shard)} is missing: run the command again, it makes the parts that are not there"
             )
     with concurrent.futures.ThreadPoolExecutor(published.NUM_READERS) as pool:
-        counts = list(
+        facts = list(
             pool.map(
                 lambda shard: published.check_part(run.part_uri(shard), run.name, shard, sizes[shard]),
                 range(len(sizes)),
@@ -204,14 +193,18 @@ def publish(run: Run, *, fence: int) -> Manifest:
             "shard": pa.array(range(len(sizes)), pa.int64()),
             "images": pa.array(sizes, pa.int64()),
             "etag": [etags[f"{shard:08d}.parquet"] for shard in range(len(sizes))],
-            "counts": [json.dumps(count) for count in counts],
+            "counts": [json.dumps(part.counts) for part in facts],
+            "first_uri": pa.array([part.first_uri for part in facts], pa.string()),
+            "last_uri": pa.array([part.last_uri for part in facts], pa.string()),
+            "num_kept": pa.array([part.num_kept for part in facts], pa.int64()),
         }
     )
     encoded, parts_table = tables.encode(parts), f"parts-{fence:05d}.parquet"
     storage.put(storage.join(run.uri, parts_table), encoded)
     manifest = Manifest(
         run=run.name, uri=run.uri, verb=run.verb, spec=run.spec, plan_digest=run.plan.digest, planned_s=run.plan.planned_s,
-        num_images=run.plan.num_images, num_parts=len(sizes), counts=dict(sum(map(Counter, counts), Counter())),
+        num_images=run.plan.num_images, num_parts=len(sizes), counts=dict(sum((Counter(part.counts) for part in facts), Counter())),
+        base=storage.name(run.base) if run.base else None, num_kept=sum(part.num_kept for part in facts), num_deleted=num_deleted,
         parts_table=parts_table, parts_sha256=hashlib.sha256(encoded).hexdigest(),
     )  # fmt: skip
     assert sum(manifest.counts.values()) == manifest.num_images
@@ -240,6 +233,28 @@ def _sibling(run_uri: str, name: str) -> str:
     return storage.join(run_uri.rpartition("/")[0], name)
 
 
+def _since(since: str, out_uri: str, verb: str, spec: dict[str, Any], last: Run | None) -> str | None:
+    """Name of the published run whose rows may be kept. None for "latest" where there is none yet."""
+    if since == LATEST_RUN:
+        if last is None:
+            log.info("%s: no earlier run of this model and input: every image is read", verb)
+        return last.name if last else None
+    found = published.read_manifest(storage.join(out_uri, "runs", since))
+    for name, value in ({"verb": verb} | spec).items():
+        theirs = ({"verb": found.verb} | found.spec).get(name)
+        if name != INPUT and theirs != value:
+            raise ValueError(
+                f"rows of run {since} cannot be kept: its {name} was {theirs!r} and is {value!r} now; leave --since out, which reads "
+                "every image"
+            )
+    return since
+
+
+def _kept_of(uri: str) -> tuple[str | None, bool]:
+    claim = _read_claim(uri)
+    return claim.base, claim.same_plan
+
+
 def _read_claim(uri: str) -> Claim:
     return Claim.model_validate_json(storage.get(storage.join(uri, CLAIM)))
 
@@ -252,6 +267,6 @@ def _read_run(uri: str, atomic: bool) -> Run | None:
     claim = _read_claim(uri)
     return Run(
         uri=uri, verb=claim.verb, spec=claim.spec, name=claim.run, plan=summary, atomic=atomic,
-        base=_sibling(uri, claim.base) if claim.base else None,
+        base=_sibling(uri, claim.base) if claim.base else None, same_plan=claim.same_plan,
         published=storage.stat(storage.join(uri, MANIFEST)) is not None,
     )  # fmt: skip

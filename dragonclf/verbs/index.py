@@ -16,7 +16,7 @@ import torch
 from dragonclf import storage
 from dragonclf.config import IndexConfig
 from dragonclf.data import images, listing, snapshot
-from dragonclf.engine import job, plan, published
+from dragonclf.engine import job, plan, published, runs
 from dragonclf.engine.pipeline import Limits, ShardResult
 
 log = logging.getLogger("dragonclf")
@@ -35,8 +35,8 @@ def index(config: IndexConfig) -> snapshot.Snapshot:
     the snapshot that is there. ValueError, before anything is written, for classes that could not be trained on.
     """
     spec = {
-        "source": config.source, "max_image_bytes": config.max_image_bytes, "max_pixels": config.max_pixels,
-        "decode": images.DECODE_VERSION,
+        "max_image_bytes": config.max_image_bytes, "max_pixels": config.max_pixels, "decode": images.DECODE_VERSION,
+        runs.INPUT: {"source": config.source},
     }  # fmt: skip
     limits = Limits(config.max_image_bytes, config.max_pixels, config.max_image_s)
     done = job.run(
@@ -82,7 +82,7 @@ class IndexWorker:
 
     def table(self, planned: pa.Table, result: ShardResult) -> pa.Table:
         etags = [read or listed for read, listed in zip(result.etags, planned["etag"].to_pylist(), strict=True)]
-        table = planned.set_column(1, "etag", pa.array(etags, pa.string()))
+        table = planned.select(plan.COLUMNS).set_column(1, "etag", pa.array(etags, pa.string()))
         for name, kind in (("width", pa.int32()), ("height", pa.int32()), ("sha256", pa.string())):
             table = table.append_column(name, pa.array([value.get(name) for value in result.values], kind))
         # An object replaced since it was listed is indexed as it was read, with that etag: nothing of its row is about another.

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from dragonclf import session, storage
 from dragonclf.config import ScoreConfig, ScoringConfig
 from dragonclf.data import listing
-from dragonclf.engine import inference, job, plan
+from dragonclf.engine import inference, job, plan, runs
 from dragonclf.engine.pipeline import Limits
 from dragonclf.model import bundle
 from dragonclf.model.predictor import resolve_execution
@@ -25,6 +25,8 @@ class ScoreSummary(BaseModel):
     parts: str = Field(description="URI of the folder of its Parquet files.")
     num_images: int
     counts: dict[str, int] = Field(description="Rows by status; their sum is num_images.")
+    num_kept: int = Field(description="Rows kept of an earlier run: these images were not read.")
+    num_deleted: int = Field(description="Images of that run that are no longer there; RUN/deleted.parquet names them.")
     model_version: str
     execution: str = Field(description="Runtime, device and precision.")
     images_per_s: float | None = Field(
@@ -40,7 +42,12 @@ def score(config: ScoreConfig) -> ScoreSummary:
     """
     loaded = bundle.load_bundle(config.model)
     return score_rows(
-        config, loaded, verb="score", input_id={"source": config.source}, rows=lambda: listing.list_rows(config.source)
+        config,
+        loaded,
+        verb="score",
+        input_id={"source": config.source},
+        rows=lambda: listing.list_rows(config.source),
+        since=config.since,
     )
 
 
@@ -51,6 +58,7 @@ def score_rows(
     verb: str,
     input_id: dict[str, Any],
     rows: Callable[[], Iterable[pa.Table]],
+    since: str | None = None,
 ) -> ScoreSummary:
     """Score the planned `rows` with a loaded bundle under `config.out`; `input_id` tells their origin in the run's spec."""
     inference.check_class_names(loaded.info.classes)
@@ -60,16 +68,17 @@ def score_rows(
     limits = Limits(config.max_image_bytes, config.max_pixels, config.max_image_s)
     spec = {
         "model": loaded.version, "transform": loaded.info.transform.digest, "execution": execution.model_dump(),
-        "max_image_bytes": limits.max_bytes, "max_pixels": limits.max_pixels, **input_id,
+        "max_image_bytes": limits.max_bytes, "max_pixels": limits.max_pixels, runs.INPUT: input_id,
     }  # fmt: skip
     log.info("%s: model %s by %s", verb, loaded.version, execution)
     done = job.run(
         config.out, verb, spec, lambda: plan.stage_plan(rows(), shard_images=config.shard_images),
         inference.ScoreTask(loaded.uri, loaded.version, execution, config.batch_size, limits),
-        ray_config=config, run_config=config,
+        ray_config=config, run_config=config, since=since,
     )  # fmt: skip
     return ScoreSummary(
         run=done.uri, parts=storage.join(done.uri, "parts"), num_images=done.manifest.num_images,
-        counts=done.manifest.counts, model_version=loaded.version, execution=str(execution),
+        counts=done.manifest.counts, num_kept=done.manifest.num_kept, num_deleted=done.manifest.num_deleted,
+        model_version=loaded.version, execution=str(execution),
         images_per_s=done.images_per_s,
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """What fails is blamed on what failed: an image that kills its decoder is a row, a store that is gone is not."""
 
+import io
 import json
 import os
 import re
@@ -285,6 +286,32 @@ def test_objects_replaced_and_deleted_after_the_listing(
         rows.sort_values("uri", ignore_index=True), again.reset_index()[["uri", "status"]], check_dtype=False
     )
     assert dragonclf.read_scores(out, run=storage.name(done.run)).count_rows() == NUM_IMAGES
+
+
+def test_since_the_latest_run_only_what_changed_is_read(
+    proxy: S3Proxy, small_bundle: str, bucket: dict[str, bytes], tmp_path: Path
+):
+    source, out = "s3://photos/since", "s3://work/since"
+    upload(source, bucket)
+    first = scored(small_bundle, source, out, since="latest")
+    assert (first.num_kept, first.num_deleted) == (0, 0)
+    upload(source, {"0007.jpg": encoded(seed=907), "0111.jpg": b"no image any more"})  # replaced
+    upload(source, {"0050a.jpg": encoded(seed=950), "9999.jpg": encoded(seed=999)})  # new
+    for key in ("0001.jpg", "0199.jpg"):
+        s3._client().delete_object(Bucket="photos", Key=f"since/{key}")
+    proxy.requests.clear()
+    second = scored(small_bundle, source, out, since="latest")
+    read = {f"/photos/since/{key}.jpg": 1 for key in ("0007", "0111", "0050a", "9999")}
+    assert dict(proxy.gets("/photos/since/")) == read
+    assert (second.num_images, second.num_kept, second.num_deleted) == (NUM_IMAGES, NUM_IMAGES - 4, 2)
+    assert second.counts == {"ok": NUM_IMAGES - 1, "unsupported": 1}
+    deleted = storage.get(f"{second.run}/deleted.parquet")
+    assert pd.read_parquet(io.BytesIO(deleted))["uri"].tolist() == [f"{source}/0001.jpg", f"{source}/0199.jpg"]
+
+    full = scored(small_bundle, source, "s3://work/since-full")
+    kept, made = (frame_of(done.parts, tmp_path / done.run[-18:]) for done in (second, full))
+    pd.testing.assert_frame_equal(kept, made, check_exact=False, rtol=1e-4, atol=1e-6)
+    assert scored(small_bundle, source, out, since="latest").run == second.run
 
 
 def test_too_many_errors_are_published_and_not_made_the_latest(small_bundle: str, tmp_path: Path):

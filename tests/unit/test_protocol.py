@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from dragonclf import storage
 from dragonclf.data import tables
-from dragonclf.engine import lease, plan, published, runs
+from dragonclf.engine import lease, plan, published, reuse, runs
 from dragonclf.outcomes import BusyError
 from dragonclf.storage.errors import ObjectInfo, PreconditionError, missing
 
@@ -174,7 +174,14 @@ class Serial:
 
 def score_shard(run: runs.Run, planned: pa.Table, status: str) -> pa.Table:
     """Rows as an actor makes them. What it makes of an image depends on when it looks: `status`."""
-    return planned.append_column("status", pa.array([status] * planned.num_rows))
+    table = planned.append_column("status", pa.array([status] * planned.num_rows))
+    return table.append_column("error", pa.nulls(planned.num_rows, pa.string()))
+
+
+def facts_of(table: pa.Table) -> published.PartFacts:
+    uris = table["uri"].to_pylist()
+    counts = Counter(table["status"].to_pylist())
+    return published.PartFacts(counts=counts, first_uri=min(uris), last_uri=max(uris), num_kept=0)
 
 
 class Protocol(RuleBasedStateMachine):
@@ -199,15 +206,20 @@ class Protocol(RuleBasedStateMachine):
         """Put a bug in. None here."""
 
     def stage(self) -> plan.StagedPlan:
-        rows = [{"uri": f"in/v{self.version}/{i}", "etag": f"v{self.version}", "size": 1} for i in range(3)]
+        """Three images: the first is in every listing, the others in this one only."""
+        rows = [{"uri": f"in/{etag}/{i}", "etag": etag, "size": 1} for i, etag in enumerate(self.etags())]
         return plan.stage_plan([pa.Table.from_pylist(rows, schema=SCHEMA)], shard_images=2)
+
+    def etags(self) -> list[str]:
+        return ["same", f"v{self.version}", f"v{self.version}"]
 
     def finish(self, run: runs.Run, held: lease.Lease) -> None:
         """The end of a job, as `job.run` has it."""
         held.ensure()
-        published.point_to(OUT, runs.publish(run, fence=held.fence))
+        deleted = reuse.write_deleted(run.uri, run.plan, run.base) if run.base and not run.same_plan else 0
+        published.point_to(OUT, runs.publish(run, fence=held.fence, num_deleted=deleted))
 
-    def drive(self, status: str, **options: bool) -> None:
+    def drive(self, status: str, **options: Any) -> None:
         with lease.Lease(runs.lease_uri(OUT, VERB, SPEC)) as held:
             run = runs.open_run(OUT, VERB, SPEC, self.stage, held=held, **options)
             if run.published:
@@ -215,22 +227,23 @@ class Protocol(RuleBasedStateMachine):
                 return
             for shard in runs.missing_shards(run):
                 planned = plan.read_shard(run.uri, run.plan, shard)
-                if run.base is not None:
-                    table = runs.redo_errors(run, shard, planned, lambda rows: score_shard(run, rows, status))
+                runs.begin_shard(run, shard)
+                if run.base is None:
+                    runs.write_part(run, shard, score_shard(run, planned, status))
                 else:
-                    runs.begin_shard(run, shard)
-                    table = score_shard(run, planned, status)
-                runs.write_part(run, shard, table)
+                    earlier = reuse.EarlierRows(run.base, same_plan=run.same_plan)
+                    table, kept = earlier.complete(shard, planned, lambda rows: score_shard(run, rows, status))
+                    runs.write_part(run, shard, table, num_kept=kept)
             self.finish(run, held)
 
     @rule(
         who=st.sampled_from(DRIVERS),
         status=st.sampled_from(["ok", "timeout", "unreadable"]),
-        how=st.sampled_from(["", "", "new_run", "retry_errors"]),
+        how=st.sampled_from(["", "", "", "new_run", "retry_errors", "since"]),
     )
     def start(self, who: int, status: str, how: str) -> None:
         if who not in self.drivers or self.drivers[who].ended:
-            options = {how: True} if how else {}
+            options = {how: "latest" if how == "since" else True} if how else {}
             if how == "retry_errors" and not self.seen:
                 return
             self.drivers[who] = Driver(lambda: self.drive(status, **options))
@@ -302,14 +315,20 @@ class Protocol(RuleBasedStateMachine):
             assert len(published.check_parts(run_uri, manifest)) == manifest.num_parts == 2
             table = pa.concat_tables(published.read_parts(run_uri))
             rows = list(zip(table["etag"].to_pylist(), table["status"].to_pylist(), strict=True))
-            assert len({etag for etag, _ in rows}) == 1, "rows of two listings"
+            assert rows[0][0] == "same"
+            assert len({etag for etag, _ in rows[1:]}) == 1, "rows of two listings"
             planned = pa.concat_tables(
                 plan.read_shard(run_uri, summary, shard)
                 for summary in [plan.read_summary(run_uri)]
                 if summary
                 for shard in range(2)
             )
-            assert table["uri"].to_pylist() == planned["uri"].to_pylist() == [f"in/{rows[0][0]}/{i}" for i in range(3)]
+            expected = [f"in/{etag}/{i}" for i, (etag, _) in enumerate(rows)]
+            assert table["uri"].to_pylist() == planned["uri"].to_pylist() == expected
+            if manifest.base and manifest.num_deleted:
+                gone = tables.read(f"{run_uri}/{reuse.DELETED}")["uri"].to_pylist()
+                then = {f"in/{etag}/{i}" for i, (etag, _) in enumerate(self.seen[f"{OUT}/runs/{manifest.base}"])}
+                assert gone == sorted(then - set(expected))
             assert Counter(status for _, status in rows) == manifest.counts
             assert self.seen.setdefault(run_uri, rows) == rows
         if f"{OUT}/{published.LATEST}" in self.store.objects:
@@ -335,7 +354,7 @@ class Protocol(RuleBasedStateMachine):
                 self.run_to_its_end(0)
                 self.readers_see_whole_runs_that_never_change()
             rows = self.seen[published.read_latest(OUT)]
-            assert {etag for etag, _ in rows} == {f"v{self.version}"}
+            assert [etag for etag, _ in rows] == self.etags()
         finally:
             self.patch.undo()
 
@@ -348,8 +367,8 @@ class NoFooterCheck(Protocol):
     """Whatever bears a part's name is taken for it."""
 
     def plant(self) -> None:
-        def believe(uri: str, run: str, shard: int, num_rows: int) -> dict[str, int]:
-            return Counter(tables.read(uri, columns=["status"])["status"].to_pylist())
+        def believe(uri: str, run: str, shard: int, num_rows: int) -> published.PartFacts:
+            return facts_of(tables.read(uri))
 
         self.patch.setattr(published, "check_part", believe)
 
@@ -367,15 +386,15 @@ class LeaseWithoutFencing(Protocol):
     """Whoever once got the lease writes as if it had it still: no condition keeps a zombie's part from replacing another's."""
 
     def plant(self) -> None:
-        def write(run: runs.Run, shard: int, table: pa.Table) -> dict[str, int]:
-            counts = Counter(table["status"].to_pylist())
-            metadata = {
+        def write(run: runs.Run, shard: int, table: pa.Table, *, num_kept: int = 0) -> published.PartFacts:
+            facts = facts_of(table)
+            said = {
                 "dragonclf.run": run.name,
                 "dragonclf.shard": str(shard),
-                "dragonclf.counts": json.dumps(counts),
+                "dragonclf.facts": facts.model_dump_json(),
             }
-            storage.put(run.part_uri(shard), tables.encode(table, metadata=metadata))
-            return dict(counts)
+            storage.put(run.part_uri(shard), tables.encode(table, metadata=said))
+            return facts
 
         self.patch.setattr(runs, "write_part", write)
 

@@ -5,12 +5,14 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from dragonclf import storage
-from dragonclf.engine import lease, plan, published, runs
+from dragonclf.data import tables
+from dragonclf.engine import lease, plan, published, reuse, runs
 from dragonclf.scores import read_scores
 
 SCHEMA = pa.schema([("uri", pa.string()), ("etag", pa.string()), ("size", pa.int64())])
@@ -39,7 +41,7 @@ def never() -> plan.StagedPlan:
 
 
 def open_run(
-    out: str, verb: str, spec: dict[str, str], stage: Callable[[], plan.StagedPlan], **options: bool
+    out: str, verb: str, spec: dict[str, str], stage: Callable[[], plan.StagedPlan], **options: Any
 ) -> runs.Run:
     with lease.Lease(runs.lease_uri(out, verb, spec)) as held:
         return runs.open_run(out, verb, spec, stage, held=held, **options)
@@ -64,7 +66,7 @@ def test_from_claim_to_publication(out: str):
     assert (run.published, run.plan.num_shards, run.name) == (False, 3, storage.name(run.uri))
     assert run.name.endswith("-00001")
     assert runs.missing_shards(run) == [0, 1, 2]
-    assert runs.write_part(run, 1, result(run, 1)) == {"ok": 2}
+    assert runs.write_part(run, 1, result(run, 1)).counts == {"ok": 2}
     assert runs.missing_shards(run) == [0, 2]
     with pytest.raises(ValueError, match=r"is not a published run: _manifest.json is missing"):
         published.read_manifest(run.uri)
@@ -145,10 +147,10 @@ def test_drivers_that_start_at_once_share_one_run(out: str):
 
 def test_a_part_is_written_once_and_a_second_result_yields_to_it(out: str):
     run = open_run(out, "score", SPEC, stage(4))
-    assert runs.write_part(run, 0, result(run, 0)) == {"missing": 2}
+    assert runs.write_part(run, 0, result(run, 0)).counts == {"missing": 2}
     before = storage.get(run.part_uri(0))
     other = result(run, 0).set_column(3, "status", pa.array(["ok", "denied"]))
-    assert runs.write_part(run, 0, other) == {"missing": 2}, "the counts are those of the part that stands"
+    assert runs.write_part(run, 0, other).counts == {"missing": 2}, "the counts are those of the part that stands"
     assert storage.get(run.part_uri(0)) == before
 
 
@@ -286,7 +288,8 @@ def test_errors_are_retried_in_a_run_of_its_own_that_keeps_every_other_row(out: 
 
     for shard in runs.missing_shards(second):
         planned = plan.read_shard(second.uri, second.plan, shard)
-        runs.write_part(second, shard, runs.redo_errors(second, shard, planned, process))
+        table, num_kept = reuse.EarlierRows(first.uri, same_plan=True).complete(shard, planned, process)
+        runs.write_part(second, shard, table, num_kept=num_kept)
     manifest = runs.publish(second, fence=1)
     published.point_to(out, manifest)
     assert asked == ["/in/0", "/in/4"]
@@ -373,3 +376,107 @@ def test_two_drivers_without_a_lease_between_them_each_have_a_table_of_parts(out
         True,
     )
     assert len(published.check_parts(run.uri, first)) == 1
+
+
+def scored_rows(planned: pa.Table, statuses: list[str], score: int) -> pa.Table:
+    """A job's own columns, then the input's further ones."""
+    own = planned.select(["uri", "etag"]).append_column("status", pa.array(statuses))
+    own = own.append_column(
+        "error", pa.array([None if status == "ok" else f"{status}!" for status in statuses], pa.string())
+    )
+    own = own.append_column("score", pa.array([score] * planned.num_rows))
+    return reuse.with_input(own, planned)
+
+
+def listed(objects: dict[str, str | None], note: str) -> Callable[[], plan.StagedPlan]:
+    """A listing of {name: etag} with a column of the input's own, and one that the job has too."""
+    names = sorted(objects)
+    table = pa.table(
+        {
+            "uri": [f"/in/{name}" for name in names], "etag": pa.array([objects[name] for name in names], pa.string()),
+            "size": pa.array([1] * len(names), pa.int64()), "note": [f"{note} {name}" for name in names], "score": names,
+        }
+    )  # fmt: skip
+    return lambda: plan.stage_plan([table], shard_images=3)
+
+
+def finish_since(run: runs.Run, *, score: int) -> tuple[published.Manifest, list[str]]:
+    """Bring a run with a base to its publication. Returns also the uris that were processed."""
+    assert run.base is not None
+    earlier, asked = reuse.EarlierRows(run.base, same_plan=run.same_plan), []
+
+    def process(rows: pa.Table) -> pa.Table:
+        asked.extend(rows["uri"].to_pylist())
+        return scored_rows(rows, ["ok"] * rows.num_rows, score)
+
+    for shard in runs.missing_shards(run):
+        planned = plan.read_shard(run.uri, run.plan, shard)
+        table, num_kept = earlier.complete(shard, planned, process)
+        runs.write_part(run, shard, table, num_kept=num_kept)
+    return runs.publish(run, fence=1, num_deleted=reuse.write_deleted(run.uri, run.plan, run.base)), asked
+
+
+def test_rows_of_unchanged_objects_are_kept_and_all_others_made(out: str):
+    objects: dict[str, str | None] = {name: f"e-{name}" for name in "abcdefgh"}
+    first = open_run(out, "score", SPEC, listed(objects, "then"), since="latest")
+    assert first.base is None, "there is nothing yet to keep"
+    statuses = dict.fromkeys(objects, "ok") | {"b": "unreadable", "c": "timeout", "d": "changed"}
+    for shard in runs.missing_shards(first):
+        planned = plan.read_shard(first.uri, first.plan, shard)
+        table = scored_rows(planned, [statuses[uri[-1]] for uri in planned["uri"].to_pylist()], 1)
+        if "/in/d" in table["uri"].to_pylist():  # read after it was replaced
+            etags = ["new-d" if uri == "/in/d" else f"e-{uri[-1]}" for uri in table["uri"].to_pylist()]
+            table = table.set_column(1, "etag", pa.array(etags))
+        runs.write_part(first, shard, table)
+    published.point_to(out, runs.publish(first, fence=1))
+
+    now = (objects | {"d": "new-d", "e": "new-e", "f": None, "i": "e-i", "a0": "e-a0"}).copy()
+    del now["h"]
+    second = open_run(out, "score", SPEC, listed(now, "now"), since="latest")
+    assert (second.base, second.same_plan) == (first.uri, False)
+    assert open_run(out, "score", SPEC, never).base == first.uri, "resumed as what it is"
+    manifest, asked = finish_since(second, score=2)
+    assert asked == ["/in/a0", "/in/c", "/in/e", "/in/f", "/in/i"], "new, failed in passing, replaced, without an etag"
+    assert (manifest.base, manifest.num_kept, manifest.num_deleted) == (first.name, 4, 1)
+    assert tables.read(f"{second.uri}/deleted.parquet").to_pylist() == [{"uri": "/in/h"}]
+    rows = pa.concat_tables(published.read_parts(second.uri)).to_pylist()
+    assert [row["uri"] for row in rows] == sorted(f"/in/{name}" for name in now)
+    assert {row["uri"][4:]: row["score"] for row in rows} == {
+        "a": 1, "a0": 2, "b": 1, "c": 2, "d": 1, "e": 2, "f": 2, "g": 1, "i": 2,
+    }  # fmt: skip
+    assert [(row["note"], row["input_score"]) for row in rows] == [(f"now {name}", name) for name in sorted(now)]
+    kept = {row["uri"][4:]: (row["status"], row["error"], row["etag"]) for row in rows}
+    assert kept["b"] == ("unreadable", "unreadable!", "e-b")
+    assert kept["d"] == ("ok", None, "new-d"), "what was read then is what is listed now"
+
+
+def test_a_named_run_is_kept_of_only_if_it_did_the_same_to_its_images(out: str):
+    spec = {"model": "m1", "input": "a"}
+    first = open_run(out, "score", spec, listed({"a": "1"}, ""))
+    with pytest.raises(ValueError, match="is not a published run"):
+        open_run(out, "score", {"model": "m1", "input": "b"}, listed({"a": "1"}, ""), since=first.name)
+    runs.write_part(first, 0, scored_rows(plan.read_shard(first.uri, first.plan, 0), ["ok"], 1))
+    runs.publish(first, fence=1)
+    with pytest.raises(ValueError, match=r"its model was 'm1' and is 'm2' now; leave --since out"):
+        open_run(out, "score", {"model": "m2", "input": "a"}, listed({"a": "1"}, ""), since=first.name)
+    second = open_run(out, "score", {"model": "m1", "input": "b"}, listed({"a": "1", "b": "1"}, ""), since=first.name)
+    manifest, asked = finish_since(second, score=2)
+    assert (asked, manifest.num_kept, manifest.num_deleted) == (["/in/b"], 1, 0)
+
+
+def test_rows_are_kept_whatever_the_order_of_the_plans(tmp_path: Path):
+    """As of a store that lists in an order of its own."""
+    out, names = str(tmp_path / "out"), [f"{i * 37 % 101:03d}" for i in range(101)]
+
+    def stage_names(order: list[str]) -> Callable[[], plan.StagedPlan]:
+        rows = pa.Table.from_pylist([{"uri": f"/in/{n}", "etag": n, "size": 1} for n in order], schema=SCHEMA)
+        return lambda: plan.stage_plan([rows], shard_images=7)
+
+    first = open_run(out, "score", SPEC, stage_names(names))
+    for shard in runs.missing_shards(first):
+        planned = plan.read_shard(first.uri, first.plan, shard)
+        runs.write_part(first, shard, scored_rows(planned, ["ok"] * planned.num_rows, 1))
+    runs.publish(first, fence=1)
+    second = open_run(out, "score", SPEC, stage_names([*names[::-1][:-5], "200"]), since="latest")
+    manifest, asked = finish_since(second, score=2)
+    assert (asked, manifest.num_images, manifest.num_kept, manifest.num_deleted) == (["/in/200"], 97, 96, 5)
