@@ -67,6 +67,11 @@ VERBS = {
             "Write a row of probabilities for every object under a prefix. The same command resumes, or does nothing if all is done.",
             "dragonclf score s3://work/models/RUN/model s3://photos/new --out s3://work/scores",
         ),
+        Verb(
+            "rescore", config.RescoreConfig, "dragonclf.verbs.rescore:rescore",
+            "Apply a new head to the embeddings that `score --embeddings` wrote. No image is read.",
+            "dragonclf rescore s3://work/models/NEW/model s3://work/scores --out s3://work/scores",
+        ),
     )
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter gigabyte of RGB
 class _Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    @field_validator("out", "source", "data", "model", check_fields=False)
+    @field_validator("out", "source", "data", "model", "features", check_fields=False)
     @classmethod
     def _resolve(cls, uri: str) -> str:
         return storage.resolve(uri)
@@ -35,9 +35,6 @@ class RayConfig(_Config):
     cpus_per_actor: int | None = Field(
         default=None, ge=1, description="CPUs of an actor. None: all of a node's, at most 8."
     )
-    shard_images: int | None = Field(
-        default=None, ge=1, description="Images per shard. None: 512, growing to 20,000 with the bucket."
-    )
 
 
 class LimitsConfig(_Config):
@@ -53,17 +50,13 @@ class LimitsConfig(_Config):
 
 
 class RunConfig(_Config):
-    """What a run does about errors, earlier runs and other drivers."""
+    """What a run does about earlier runs, other drivers, and too many errors."""
 
     max_error_rate: float = Field(
         default=0.2,
         ge=0,
         le=1,
         description="Share of images without a result past which a run, complete as it is, is not made the latest (exit code 5).",
-    )
-    retry_errors: bool = Field(
-        default=False,
-        description="Make a new run out of the newest one: try again what was missing, denied, timeout or decoder_crash, keep the rest.",
     )
     new_run: bool = Field(
         default=False, description="Make a new run though the newest one is finished and its input has not changed."
@@ -77,6 +70,18 @@ class RunConfig(_Config):
         ge=2**28,
         description="Memory of a worker process; past it the process is ended, and its images are decoded one by one. None: its share of "
         "the node's.",
+    )
+
+
+class ReadingConfig(RunConfig):
+    """How a run reads images."""
+
+    shard_images: int | None = Field(
+        default=None, ge=1, description="Images per shard. None: 512, growing to 20,000 with the bucket."
+    )
+    retry_errors: bool = Field(
+        default=False,
+        description="Make a new run out of the newest one: try again what was missing, denied, timeout or decoder_crash, keep the rest.",
     )
 
 
@@ -97,7 +102,7 @@ class ExecutionConfig(_Config):
     )
 
 
-class IndexConfig(RayConfig, LimitsConfig, RunConfig):
+class IndexConfig(RayConfig, LimitsConfig, ReadingConfig):
     """Options of `index`."""
 
     source: str = Field(
@@ -112,7 +117,7 @@ class IndexConfig(RayConfig, LimitsConfig, RunConfig):
     seed: int = Field(default=0, ge=0, description="Draws the validation images.")
 
 
-class ScoringConfig(RayConfig, LimitsConfig, ExecutionConfig, RunConfig):
+class ScoringConfig(RayConfig, LimitsConfig, ExecutionConfig, ReadingConfig):
     """What all that score images share."""
 
     model: str = Field(description="Model bundle: a folder or s3:// prefix.", json_schema_extra={"positional": True})
@@ -132,6 +137,23 @@ class ScoreConfig(ScoringConfig):
         description="Keep the rows of objects that have not changed (same uri and etag) since an earlier published run of the same model: "
         "latest, or a run's name. Their images are not read. None: score all.",
     )
+    embeddings: bool = Field(
+        default=False, description="Also write what the head sees of each image (column features), for `rescore`."
+    )
+
+
+class RescoreConfig(RayConfig, RunConfig):
+    """Options of `rescore`."""
+
+    model: str = Field(
+        description="Model bundle whose head is applied: a folder or s3:// prefix.",
+        json_schema_extra={"positional": True},
+    )
+    features: str = Field(
+        description="Run that was scored with --embeddings, or the folder given as its --out (its newest run).",
+        json_schema_extra={"positional": True},
+    )
+    out: str = Field(description="Folder or s3:// prefix for what is written.")
 
 
 class EvaluateConfig(ScoringConfig):
@@ -145,7 +167,7 @@ class EvaluateConfig(ScoringConfig):
     seed: int = Field(default=0, ge=0, description="Draws the random galleries.")
 
 
-class TrainConfig(RayConfig, ExecutionConfig, RunConfig):
+class TrainConfig(RayConfig, ExecutionConfig, ReadingConfig):
     """Options of `train`."""
 
     data: str = Field(

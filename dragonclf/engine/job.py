@@ -37,9 +37,11 @@ def run(
     *,
     ray_config: RayConfig,
     run_config: RunConfig,
+    retry_errors: bool = False,
     since: str | None = None,
+    made_of: str | None = None,
 ) -> Outcome:
-    """Bring the run that `spec` asks for to its publication, and point to it. `since` as in `runs.open_run`.
+    """Bring the run that `spec` asks for to its publication, and point to it. The last three as in `runs.open_run`.
 
     Raises:
         BusyError: another driver is at work on it.
@@ -49,8 +51,8 @@ def run(
     uri = runs.lease_uri(out_uri, verb, spec)
     with lease.Lease(uri, at_least_once=run_config.at_least_once) as held:
         run = runs.open_run(
-            out_uri, verb, spec, stage, held=held, new_run=run_config.new_run, retry_errors=run_config.retry_errors,
-            since=since,
+            out_uri, verb, spec, stage, held=held, new_run=run_config.new_run, retry_errors=retry_errors,
+            since=since, made_of=made_of,
         )  # fmt: skip
         rate = None
         if run.published:

@@ -85,6 +85,12 @@ def read_latest(out_uri: str) -> str:
     return storage.join(out_uri, "runs", json.loads(found[0])["run"])
 
 
+def resolve_run(uri: str) -> str:
+    """URI of a run: `uri` itself if it is one's, else the newest published one under it. ValueError if there is none."""
+    uri = uri.removesuffix("/")
+    return uri if uri.rpartition("/")[0].endswith("/runs") else read_latest(uri)
+
+
 def read_parts(run_uri: str, *, columns: list[str] | None = None) -> Iterator[pa.Table]:
     """Yield the tables of a published run's parts in plan order, reading one ahead. Raises ValueError if it is not published."""
     manifest = read_manifest(run_uri)

@@ -63,7 +63,9 @@ class Claim(BaseModel):
     run: str
     verb: str
     spec: dict[str, Any]
-    base: str | None = Field(description="Name of the earlier run whose rows are kept where they hold.")
+    base: str | None = Field(
+        description="Name of the earlier run whose rows are used; a URI if it lies under another output."
+    )
     same_plan: bool = Field(description="Whether its plan is this run's too: only its errors are tried again.")
 
 
@@ -82,18 +84,20 @@ def open_run(
     new_run: bool = False,
     retry_errors: bool = False,
     since: str | None = None,
+    made_of: str | None = None,
 ) -> Run:
     """Return the run that `spec` asks for: an unpublished one to resume, a published one with nothing left to do, or a new one.
 
     `held` is acquired, before the input is listed if there was a run before, else after: a listing that fails leaves nothing.
     `stage` lists the input; it is not called if there is a run to resume. A published run stands if the new plan equals its own, unless
     `new_run`. With `retry_errors` a new run keeps the newest published one's plan and rows, but for those whose status is in `RETRIED`.
-    With `since` ("latest", or a run's name) it keeps the rows of that published run for objects that have not changed.
+    With `since` ("latest", or a run's name) it keeps the rows of that published run for objects that have not changed. With `made_of`, the
+    URI of a published run that `spec` names, it has that run's plan, and nothing is listed.
     """
     digest = _digest(verb, spec)
     with contextlib.ExitStack() as stack:
         staged = None
-        if not retry_errors and _last_number(out_uri, digest) == 0:
+        if not retry_errors and made_of is None and _last_number(out_uri, digest) == 0:
             staged = stack.enter_context(stage())
         held.acquire()
         number = _last_number(out_uri, digest)
@@ -104,8 +108,13 @@ def open_run(
                 log.info("run %s is not finished: it is resumed first", last.name)
             return last
         base: str | None = None
+        same_plan = retry_errors or made_of is not None
         if number and last is None:
-            base, retry_errors = _kept_of(uri)  # claimed by a driver that came no further
+            base, same_plan = _kept_of(uri)  # claimed by a driver that came no further
+        elif made_of is not None:
+            if last is not None and not new_run:
+                return last  # what it is made of never changes
+            base = made_of
         elif retry_errors:
             if last is None:
                 raise ValueError(f"there is no run of this model and input under {out_uri}: leave --retry-errors out")
@@ -115,14 +124,14 @@ def open_run(
             base = last.name
         elif since is not None:
             base = _since(since, out_uri, verb, spec, last)
-        if not retry_errors:
+        if not same_plan:
             staged = staged or stack.enter_context(stage())
             if last is not None and last.plan.digest == staged.summary.digest and not new_run:
                 return last
         if last is not None or not number:
             number += 1
         uri = _run_uri(out_uri, digest, number)
-        claim = Claim(run=storage.name(uri), verb=verb, spec=spec, base=base, same_plan=retry_errors)
+        claim = Claim(run=storage.name(uri), verb=verb, spec=spec, base=base, same_plan=same_plan)
         storage.put_if_absent(storage.join(uri, CLAIM), claim.model_dump_json(indent=2).encode(), atomic=held.atomic)
         # If another driver claimed this number first it runs the same spec, and its claim says whose plan the run has.
         base, same_plan = _kept_of(uri)
@@ -230,7 +239,8 @@ def _last_number(out_uri: str, digest: str) -> int:
 
 
 def _sibling(run_uri: str, name: str) -> str:
-    return storage.join(run_uri.rpartition("/")[0], name)
+    """The run of that name beside `run_uri`; a URI stays what it is."""
+    return name if "/" in name else storage.join(run_uri.rpartition("/")[0], name)
 
 
 def _since(since: str, out_uri: str, verb: str, spec: dict[str, Any], last: Run | None) -> str | None:

@@ -95,6 +95,7 @@ class Predictor:
         num_threads: int = 1,
     ):
         self.transform, self.execution, self.batch_size = transform, execution, batch_size
+        self.num_features = zoo.classifier(model).in_features
         network = Network(model, transform).eval()
         build = {"torch": _torch_forward, "openvino": _openvino_forward}[execution.runtime]
         self._forward = build(network, execution.device, (batch_size, transform.size), num_threads)

@@ -17,6 +17,7 @@ from dragonclf import storage
 from dragonclf.config import IndexConfig
 from dragonclf.data import images, listing, snapshot
 from dragonclf.engine import job, plan, published, runs
+from dragonclf.engine.image_work import ImageWork
 from dragonclf.engine.pipeline import Limits, ShardResult
 
 log = logging.getLogger("dragonclf")
@@ -40,8 +41,9 @@ def index(config: IndexConfig) -> snapshot.Snapshot:
     }  # fmt: skip
     limits = Limits(config.max_image_bytes, config.max_pixels, config.max_image_s)
     done = job.run(
-        config.out, "index", spec, lambda: _stage(config), IndexTask(limits), ray_config=config, run_config=config
-    )
+        config.out, "index", spec, lambda: _stage(config), IndexTask(limits),
+        ray_config=config, run_config=config, retry_errors=config.retry_errors,
+    )  # fmt: skip
     manifest = done.manifest
     _say_unusable(manifest, done.uri)
     made = snapshot.write_snapshot(
@@ -62,6 +64,9 @@ class IndexTask:
 
     limits: Limits
     uses_gpu: bool = False
+
+    def work(self, run: runs.Run, num_threads: int, max_bytes: int) -> ImageWork:
+        return ImageWork(run, self, num_threads, max_bytes)
 
     def open(self, num_threads: int) -> "IndexWorker":
         return IndexWorker()

@@ -12,7 +12,7 @@ from dragonclf.config import ScoreConfig, ScoringConfig
 from dragonclf.data import listing
 from dragonclf.engine import inference, job, plan, runs
 from dragonclf.engine.pipeline import Limits
-from dragonclf.model import bundle
+from dragonclf.model import bundle, zoo
 from dragonclf.model.predictor import resolve_execution
 
 log = logging.getLogger("dragonclf")
@@ -48,6 +48,7 @@ def score(config: ScoreConfig) -> ScoreSummary:
         input_id={"source": config.source},
         rows=lambda: listing.list_rows(config.source),
         since=config.since,
+        embeddings=config.embeddings,
     )
 
 
@@ -59,6 +60,7 @@ def score_rows(
     input_id: dict[str, Any],
     rows: Callable[[], Iterable[pa.Table]],
     since: str | None = None,
+    embeddings: bool = False,
 ) -> ScoreSummary:
     """Score the planned `rows` with a loaded bundle under `config.out`; `input_id` tells their origin in the run's spec."""
     inference.check_class_names(loaded.info.classes)
@@ -69,16 +71,22 @@ def score_rows(
     spec = {
         "model": loaded.version, "transform": loaded.info.transform.digest, "execution": execution.model_dump(),
         "max_image_bytes": limits.max_bytes, "max_pixels": limits.max_pixels, runs.INPUT: input_id,
+        "embeddings": zoo.backbone_digest(loaded.model) if embeddings else None,
     }  # fmt: skip
     log.info("%s: model %s by %s", verb, loaded.version, execution)
     done = job.run(
         config.out, verb, spec, lambda: plan.stage_plan(rows(), shard_images=config.shard_images),
-        inference.ScoreTask(loaded.uri, loaded.version, execution, config.batch_size, limits),
-        ray_config=config, run_config=config, since=since,
+        inference.ScoreTask(execution, config.batch_size, limits, loaded.uri, loaded.version, embeddings),
+        ray_config=config, run_config=config, retry_errors=config.retry_errors, since=since,
     )  # fmt: skip
+    return summarize(done, loaded, str(execution))
+
+
+def summarize(done: job.Outcome, loaded: bundle.Bundle, execution: str) -> ScoreSummary:
+    """What a published run of scored rows came to."""
+    manifest = done.manifest
     return ScoreSummary(
-        run=done.uri, parts=storage.join(done.uri, "parts"), num_images=done.manifest.num_images,
-        counts=done.manifest.counts, num_kept=done.manifest.num_kept, num_deleted=done.manifest.num_deleted,
-        model_version=loaded.version, execution=str(execution),
+        run=done.uri, parts=storage.join(done.uri, "parts"), num_images=manifest.num_images, counts=manifest.counts,
+        num_kept=manifest.num_kept, num_deleted=manifest.num_deleted, model_version=loaded.version, execution=execution,
         images_per_s=done.images_per_s,
     )  # fmt: skip

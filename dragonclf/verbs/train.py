@@ -26,7 +26,7 @@ from pydantic import BaseModel, Field
 from torch import nn
 
 from dragonclf import session, storage, tracking
-from dragonclf.config import MAX_IMAGE_BYTES, MAX_IMAGE_S, MAX_PIXELS, RayConfig, RunConfig, TrainConfig
+from dragonclf.config import MAX_IMAGE_BYTES, MAX_IMAGE_S, MAX_PIXELS, RayConfig, ReadingConfig, TrainConfig
 from dragonclf.data.snapshot import Snapshot, open_snapshot, read_rows
 from dragonclf.engine import inference, job, plan
 from dragonclf.engine.pipeline import Limits
@@ -47,7 +47,7 @@ _NOT_RESULTS = {
     "out",
     "name",
     *RayConfig.model_fields,
-    *RunConfig.model_fields,
+    *ReadingConfig.model_fields,
 }
 
 
@@ -114,8 +114,7 @@ def _compute_features(
     """Features of all training and validation images, by the engine: resumed if killed, reused if the same were computed before."""
     transform = zoo.transform_for(backbone, size=config.size)
     task = inference.FeatureTask(
-        config.arch, source, digest, config.size, execution, config.batch_size,
-        Limits(MAX_IMAGE_BYTES, MAX_PIXELS, MAX_IMAGE_S),
+        execution, config.batch_size, Limits(MAX_IMAGE_BYTES, MAX_PIXELS, MAX_IMAGE_S), config.arch, source, digest, config.size,
     )  # fmt: skip
     spec = {
         "backbone": digest, "transform": transform.digest, "execution": execution.model_dump(), "snapshot": snapshot.info.id,
@@ -129,7 +128,9 @@ def _compute_features(
 
     log.info("features: frozen %s by %s", config.arch, execution)
     out = storage.join(config.out, "features")
-    return job.run(out, "features", spec, stage, task, ray_config=config, run_config=config).uri
+    return job.run(
+        out, "features", spec, stage, task, ray_config=config, run_config=config, retry_errors=config.retry_errors
+    ).uri
 
 
 def _cpus_per_worker(config: TrainConfig) -> int:

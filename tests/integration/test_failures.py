@@ -11,7 +11,6 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,18 @@ import torch
 
 import dragonclf
 from dragonclf import session, storage
-from dragonclf.config import RayConfig, RunConfig, ScoreConfig
+from dragonclf.config import RayConfig, RescoreConfig, RunConfig, ScoreConfig
 from dragonclf.data import listing
 from dragonclf.demo.local_s3 import LocalS3
 from dragonclf.engine import execute, job, plan
 from dragonclf.engine.pipeline import Limits
 from dragonclf.storage import s3
-from dragonclf.verbs import index, score
+from dragonclf.verbs import index, rescore, score
 from tests import codec
 from tests.conftest import encoded, use_identity
 from tests.integration import commands
 from tests.integration.commands import frame_of, only_run, upload
+from tests.integration.conftest import save_random_head
 from tests.integration.s3_proxy import Faults, S3Proxy
 
 pytestmark = [
@@ -212,12 +212,8 @@ def test_a_full_disk_stops_the_run(small_bundle: str, undisturbed: pd.DataFrame,
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "rows.parquet"), undisturbed, check_exact=True)
 
 
-@dataclass(frozen=True)
-class DeadlyTask:
+class DeadlyTask(index.IndexTask):
     """An index whose process dies over an image of 13 pixels width, outside of the decoder: nothing can blame the image."""
-
-    limits: Limits
-    uses_gpu: bool = False
 
     def open(self, num_threads: int) -> "DeadlyWorker":
         return DeadlyWorker()
@@ -312,6 +308,36 @@ def test_since_the_latest_run_only_what_changed_is_read(
     kept, made = (frame_of(done.parts, tmp_path / done.run[-18:]) for done in (second, full))
     pd.testing.assert_frame_equal(kept, made, check_exact=False, rtol=1e-4, atol=1e-6)
     assert scored(small_bundle, source, out, since="latest").run == second.run
+
+
+def test_rescoring_applies_another_head_without_reading_an_image(
+    proxy: S3Proxy, small_bundle: str, bucket: dict[str, bytes], tmp_path: Path
+):
+    source, out = "s3://photos/embedded", "s3://work/embedded"
+    upload(source, bucket | {"0100.jpg": b"broken", "0150.jpg": bucket["0150.jpg"][:300]})
+    save_random_head("s3://work/other-head", classes=["drogon", "rhaegal", "viserion"], size=64, seed=1)
+    embedded = scored(small_bundle, source, out, embeddings=True)
+    proxy.requests.clear()
+    rescored = rescore.rescore(RescoreConfig(model="s3://work/other-head", features=out, out="s3://work/rescored"))
+    assert not proxy.gets("/photos/")
+    full = scored("s3://work/other-head", source, "s3://work/rescored-full")
+    ours, theirs = (frame_of(done.parts, tmp_path / str(i)) for i, done in enumerate((rescored, full)))
+    pd.testing.assert_frame_equal(ours, theirs, check_exact=False, rtol=0, atol=1e-3)
+    assert (rescored.counts, rescored.num_images) == (
+        {"ok": NUM_IMAGES - 2, "unreadable": 1, "unsupported": 1},
+        NUM_IMAGES,
+    )
+    assert dragonclf.read_scores("s3://work/rescored").count_rows() == NUM_IMAGES
+    again = rescore.rescore(
+        RescoreConfig(model="s3://work/other-head", features=embedded.run, out="s3://work/rescored")
+    )
+    assert (again.run, again.images_per_s) == (rescored.run, None)
+
+    save_random_head("s3://work/other-size", classes=["a", "b"], size=96)
+    with pytest.raises(ValueError, match=r"are of another transform .* score with the model, reading the images"):
+        rescore.rescore(RescoreConfig(model="s3://work/other-size", features=out, out="s3://work/rescored"))
+    with pytest.raises(ValueError, match="has no embeddings: score with --embeddings"):
+        rescore.rescore(RescoreConfig(model="s3://work/other-head", features=full.run, out="s3://work/rescored"))
 
 
 def test_too_many_errors_are_published_and_not_made_the_latest(small_bundle: str, tmp_path: Path):

@@ -1,4 +1,4 @@
-"""The actor's guard: a process that takes too much memory, or that a decoder blocks whole, ends itself."""
+"""A worker's guard: a process that takes too much memory, or that a decoder blocks whole, ends itself."""
 
 import os
 import subprocess
@@ -12,8 +12,8 @@ from tests import codec
 GUARDED = """
 import sys, threading
 from dragonclf.data import images
-from dragonclf.engine import actor
-threading.Thread(target=actor._guard, args=(int(sys.argv[1]), 1.0), daemon=True).start()
+from dragonclf.engine import image_work
+threading.Thread(target=image_work._guard, args=(int(sys.argv[1]), 1.0), daemon=True).start()
 print(images.decode(sys.stdin.buffer.read()).shape)
 """
 MIB = 2**20

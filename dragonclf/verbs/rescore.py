@@ -1,0 +1,101 @@
+"""`rescore`: a new head on embeddings that an earlier run wrote. No image is read."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+import pyarrow as pa
+
+from dragonclf.config import RescoreConfig
+from dragonclf.data import tables
+from dragonclf.engine import inference, job, published, reuse, runs
+from dragonclf.engine.actor import ShardWork
+from dragonclf.engine.pipeline import SCORED
+from dragonclf.model import bundle, zoo
+from dragonclf.model.predictor import softmax
+from dragonclf.verbs.score import ScoreSummary, summarize
+
+log = logging.getLogger("dragonclf")
+
+HEAD = "head on embeddings"  # in a spec, and where other runs name how they were executed
+
+
+def rescore(config: RescoreConfig) -> ScoreSummary:
+    """Write the rows that `score` with `config.model` would write, out of a run of the same backbone that kept its embeddings.
+
+    Probabilities are within 1e-3 of those of `score` (embeddings are kept as float16). Statuses, sizes and the input's own columns are
+    that run's. The same command resumes a killed run, and does nothing if it is done.
+
+    Raises:
+        ValueError: that run has no embeddings, or they are of another backbone or transform than the model's.
+        Also what `job.run` does.
+    """
+    loaded = bundle.load_bundle(config.model)
+    inference.check_class_names(loaded.info.classes)
+    uri = published.resolve_run(config.features)
+    manifest = published.read_manifest(uri)
+    _check(loaded, uri, manifest.spec)
+    log.info("rescore: model %s on the embeddings of run %s", loaded.version, manifest.run)
+    spec = {
+        "model": loaded.version, "transform": loaded.info.transform.digest, "execution": HEAD,
+        runs.INPUT: {"run": manifest.run, "plan": manifest.plan_digest, "parts": manifest.parts_sha256},
+    }  # fmt: skip
+    done = job.run(
+        config.out, "rescore", spec, _nothing_to_list, RescoreTask(loaded.uri, loaded.version),
+        ray_config=config, run_config=config, made_of=uri,
+    )  # fmt: skip
+    return summarize(done, loaded, HEAD)
+
+
+@dataclass(frozen=True)
+class RescoreTask:
+    """The head of the bundle at `model_uri`, which must still be `model_version`, on the rows of the run that a run is made of."""
+
+    model_uri: str
+    model_version: str
+    uses_gpu: bool = False
+
+    def work(self, run: runs.Run, num_threads: int, max_bytes: int) -> ShardWork:
+        assert run.base is not None
+        parts = published.check_parts(run.base, published.read_manifest(run.base))
+        loaded = inference.open_bundle(self.model_uri, self.model_version)
+        head = zoo.classifier(loaded.model)
+        weight, bias = head.weight.detach().numpy(), head.bias.detach().numpy()  # (K, F), (K,)
+
+        def rows_of(shard: int, planned: pa.Table, is_again: bool) -> tuple[pa.Table, int]:
+            rows = tables.read(parts[shard])
+            features = rows[inference.FEATURES].combine_chunks().flatten().to_numpy()  # of the rows that have any
+            logits = features.reshape(-1, weight.shape[1]).astype(np.float32) @ weight.T + bias
+            scored = np.isin(rows["status"].to_pylist(), SCORED)
+            probs = np.zeros((len(rows), len(bias)), np.float32)
+            probs[scored] = softmax(logits)
+            own = pa.table(
+                {
+                    **{name: rows[name] for name in ("uri", "etag", "status", "error")},
+                    **inference.answer_columns(loaded.info.classes, probs, ~scored),
+                    **{name: rows[name] for name in ("width", "height")},
+                    "model_version": pa.array([loaded.version] * len(rows), pa.string()),
+                }
+            )
+            return reuse.with_input(own, planned), 0
+
+        return rows_of
+
+
+def _check(loaded: bundle.Bundle, uri: str, spec: dict[str, Any]) -> None:
+    if not spec.get("embeddings"):
+        raise ValueError(f"run {uri} has no embeddings: score with --embeddings, then rescore that run")
+    for what, ours, theirs in (
+        ("backbone", zoo.backbone_digest(loaded.model), spec["embeddings"]),
+        ("transform", loaded.info.transform.digest, spec["transform"]),
+    ):
+        if ours != theirs:
+            raise ValueError(
+                f"the embeddings of run {uri} are of another {what} ({theirs}) than that of the model at {loaded.uri} ({ours}): "
+                f"score with the model, reading the images"
+            )
+
+
+def _nothing_to_list() -> NoReturn:
+    raise AssertionError("a run made of another one has its plan")
