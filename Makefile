@@ -8,12 +8,13 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/dragonclf demo --out demo-run
 
-test: $(VENV)/.installed
-	$(BIN)/pytest
+# Whole jobs one at a time: each uses all of the machine
+test: test-quick
+	$(BIN)/pytest tests/integration
 
 # Without the tests that start Ray or run a whole job
 test-quick: $(VENV)/.installed
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -n 2 tests/unit
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -107,13 +107,17 @@ def _watch_raylet(ending: threading.Event) -> None:
     while not ending.wait(RAYLET_POLL_S):
         node = worker._global_node
         started = node.all_processes.get(ray_constants.PROCESS_TYPE_RAYLET) if node else None
-        if started and started[0].process.poll() is not None:
-            print(
-                "dragonclf: error: the Ray of this command has ended; the same command resumes",
-                file=sys.stderr,
-                flush=True,
-            )
-            os._exit(RAYLET_GONE)
+        if started:
+            with contextlib.suppress(ChildProcessError):  # somebody was faster: it has ended
+                os.waitid(os.P_PID, started[0].process.pid, os.WEXITED | os.WNOWAIT)
+            if not ending.is_set():
+                print(
+                    "dragonclf: error: the Ray of this command has ended; the same command resumes",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(RAYLET_GONE)
+            return
 
 
 def _level(debug: bool) -> int:

@@ -72,10 +72,18 @@ def kill(victim: str, driver: subprocess.Popen[str], server: LocalS3, pause_s: f
     if victim == "driver":
         driver.communicate()
         # Two agents of Ray's, and a worker that was only just starting, may take minutes to notice; they touch no image and no part.
-        _, alive = psutil.wait_procs([child for child in children if "Agent" not in child.name()], timeout=60)
-        alive = [child for child in alive if child.is_running() and child.name() != "ray::IDLE"]
+        deadline = time.monotonic() + 60
+        while (alive := [child for child in children if _works(child)]) and time.monotonic() < deadline:
+            time.sleep(0.2)
         assert not alive, "Ray outlived its driver"
     return bool(found)
+
+
+def _works(process: psutil.Process) -> bool:
+    try:
+        return "Agent" not in process.name() and process.name() != "ray::IDLE" and process.status() != "zombie"
+    except psutil.NoSuchProcess:
+        return False
 
 
 def done_uris(out: str) -> set[str]:
@@ -104,9 +112,9 @@ def test_rows_survive_any_kill(seed: int, server: LocalS3, undisturbed: pd.DataF
         proxy.requests.clear()
         if victim != "driver":
             _, errors = driver.communicate(timeout=120)
-            assert driver.returncode in ((0,) if victim == "actor" else (0, 3)), (
-                f"{victim}: {driver.returncode}: {errors}"
-            )
+            # 1: where Ray was faster to end the driver of a raylet that is gone than the driver was to say so
+            expected = {"actor": (0,), "server": (0, 3), "raylet": (0, 3, 1)}[victim]
+            assert driver.returncode in expected, f"{victim}: {driver.returncode}: {errors}"
         again = proxy.gets("/photos/kill/")
         assert not set(again) & {f"/{uri.removeprefix('s3://')}" for uri in done}, "a finished shard was read again"
     proxy.requests.clear()

@@ -80,7 +80,7 @@ def test_accepted_the_whole_way_works_and_a_picture_that_failed_in_passing_is_tr
     for path in write_folder(tmp_path / "photos").rglob("*.jpg"):
         storage.put(f"s3://old/photos/{path.parent.name}/{path.name}", path.read_bytes())
     options = TrainConfig(
-        data="s3://old/data", out="s3://old/training", size=64, epochs=2, at_least_once=True, synthetic_canaries=True,
+        data="s3://old/data", out="s3://old/training", size=64, epochs=2, max_failures=0, at_least_once=True, synthetic_canaries=True,
         mlflow_uri=f"sqlite:///{tmp_path}/mlflow.db",
     )  # fmt: skip
     with session.connect("local"):

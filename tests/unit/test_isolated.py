@@ -18,7 +18,7 @@ MIB = 2**20
 def decoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[isolated.Decoder]:
     for name, value in codec.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    made = isolated.Decoder(max_pixels=10_000, max_bytes=512 * MIB, max_s=2.0)
+    made = isolated.Decoder(max_pixels=10_000, max_bytes=512 * MIB, max_s=4.0)
     yield made
     made.close()
 
@@ -40,8 +40,8 @@ def test_pixels_and_errors_are_those_of_decode(decoder: isolated.Decoder):
     [
         (codec.picture("die"), "decoder_crash", "ends the process that decodes it (SIGSEGV)"),
         (codec.picture("eat", mib=512), "decoder_crash", "needs more than 256 MiB of memory to be decoded"),
-        (codec.picture("hang"), "timeout", "could not be decoded in 2 s"),
-        (codec.picture("hold"), "timeout", "could not be decoded in 2 s"),
+        (codec.picture("hang"), "timeout", "could not be decoded in 4 s"),
+        (codec.picture("hold"), "timeout", "could not be decoded in 4 s"),
     ],
     ids=["die", "eat", "hang", "hold"],
 )
