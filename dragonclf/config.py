@@ -124,7 +124,27 @@ class ScoringConfig(RayConfig, LimitsConfig, ExecutionConfig, ReadingConfig):
     out: str = Field(description="Folder or s3:// prefix for what is written.")
 
 
-class ScoreConfig(ScoringConfig):
+class LayoutConfig(_Config):
+    """What of the answers is written."""
+
+    threshold: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Add a column abstain: whether the confidence is less than this. None: no such column.",
+    )
+    top_k: int | None = Field(
+        default=None,
+        ge=1,
+        description="Write the K most probable classes (top_labels, top_probs) in place of all probabilities.",
+    )
+    columns: str | None = Field(
+        default=None,
+        description="Write only these of the row's own columns, separated by commas, beside uri, etag, status and error. None: all.",
+    )
+
+
+class ScoreConfig(ScoringConfig, LayoutConfig):
     """Options of `score`."""
 
     source: str = Field(
@@ -142,7 +162,7 @@ class ScoreConfig(ScoringConfig):
     )
 
 
-class RescoreConfig(RayConfig, RunConfig):
+class RescoreConfig(RayConfig, RunConfig, LayoutConfig):
     """Options of `rescore`."""
 
     model: str = Field(

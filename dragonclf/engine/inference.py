@@ -9,12 +9,10 @@ import torch
 
 from dragonclf.engine import runs
 from dragonclf.engine.image_work import ImageWork
+from dragonclf.engine.layout import FEATURES, Layout, lists
 from dragonclf.engine.pipeline import Limits, ShardResult, Worker
 from dragonclf.model import bundle, zoo
 from dragonclf.model.predictor import Execution, Predictor, softmax
-
-FEATURES = "features"
-MAX_PROB_COLUMNS = 32  # more classes share one list column
 
 
 @dataclass(frozen=True)
@@ -43,12 +41,13 @@ class ScoreTask(_InferenceTask):
 
     model_uri: str
     model_version: str
-    embeddings: bool = False
+    embeddings: bool
+    layout: Layout
 
     def open(self, num_threads: int) -> "ScoreWorker":
         loaded = open_bundle(self.model_uri, self.model_version)
         predictor = bundle.open_predictor(loaded, self.execution, batch_size=self.batch_size, num_threads=num_threads)
-        return ScoreWorker(predictor, loaded.info.classes, loaded.version, embeddings=self.embeddings)
+        return ScoreWorker(predictor, loaded, embeddings=self.embeddings, layout=self.layout)
 
 
 @dataclass(frozen=True)
@@ -93,11 +92,12 @@ class _InferenceWorker:
 
 
 class ScoreWorker(_InferenceWorker):
-    """Rows: uri, etag, status, error, label, confidence, prob_*, width, height, model_version, and features if `embeddings`."""
+    """Rows as `layout` tells, with `layout.FEATURES` if `embeddings`."""
 
-    def __init__(self, predictor: Predictor, classes: list[str], model_version: str, *, embeddings: bool):
+    def __init__(self, predictor: Predictor, loaded: bundle.Bundle, *, embeddings: bool, layout: Layout):
         super().__init__(predictor)
-        self._classes, self._model_version, self._embeddings = classes, model_version, embeddings
+        self._classes, self._model_version = loaded.info.classes, loaded.version
+        self._embeddings, self._layout = embeddings, layout
 
     def predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         logits, features = self.predictor(pixels)
@@ -112,16 +112,15 @@ class ScoreWorker(_InferenceWorker):
             "etag": pa.array(result.etags, pa.string()),
             "status": pa.array(result.statuses, pa.string()),
             "error": pa.array(result.errors, pa.string()),
-            **answer_columns(self._classes, probs, bad),
+            **self._layout.answers(self._classes, probs, bad),
             "width": pa.array([value.get("width") for value in result.values], pa.int32()),
             "height": pa.array([value.get("height") for value in result.values], pa.int32()),
             "model_version": pa.array([self._model_version] * count, pa.string()),
         }
         if self._embeddings:
-            num_features = self.predictor.num_features
-            features = result.outputs.get(FEATURES, np.zeros((count, num_features), np.float16))
-            columns[FEATURES] = _lists(features, bad)
-        return pa.table(columns)
+            features = result.outputs.get(FEATURES, np.zeros((count, self.predictor.num_features), np.float16))
+            columns[FEATURES] = lists(features, bad, pa.float16())
+        return self._layout.chosen(pa.table(columns))
 
 
 class FeatureWorker(_InferenceWorker):
@@ -141,37 +140,3 @@ class FeatureWorker(_InferenceWorker):
                 "features": pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), features.shape[1]),
             }
         )
-
-
-def answer_columns(classes: list[str], probs: np.ndarray, bad: np.ndarray) -> dict[str, pa.Array]:
-    """Columns label, confidence and those of `prob_columns` of probabilities float32 (N, K); null where `bad`, bool (N,)."""
-    best = probs.argmax(axis=1)
-    return {
-        "label": pa.array([classes[i] for i in best], pa.string(), mask=bad),
-        "confidence": pa.array(probs[np.arange(len(probs)), best], pa.float32(), mask=bad),
-        **prob_columns(classes, probs, bad),
-    }
-
-
-def prob_columns(classes: list[str], probs: np.ndarray, bad: np.ndarray) -> dict[str, pa.Array]:
-    """Columns of probabilities (N, K), null where `bad`: one named after each class, or past 32 classes one list column."""
-    if len(classes) > MAX_PROB_COLUMNS:
-        return {"probs": _lists(probs, bad)}
-    return {f"prob_{name}": pa.array(probs[:, index], pa.float32(), mask=bad) for index, name in enumerate(classes)}
-
-
-def _lists(values: np.ndarray, bad: np.ndarray) -> pa.ListArray:
-    """A column of lists out of (N, D), null where `bad`. Not of a fixed size: pyarrow does not read those back if some are null."""
-    offsets = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.ravel()), mask=pa.array(bad))
-
-
-def check_class_names(classes: list[str]) -> None:
-    """ValueError for classes whose names differ in case only: most readers of Parquet would take their columns for one."""
-    seen: dict[str, str] = {}
-    for name in classes:
-        twin = seen.setdefault(name.casefold(), name)
-        if twin != name:
-            raise ValueError(
-                f"classes {twin!r} and {name!r} differ in case only: rename one, their columns would collide in most readers"
-            )

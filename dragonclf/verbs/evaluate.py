@@ -11,6 +11,7 @@ from dragonclf import storage
 from dragonclf.config import EvaluateConfig
 from dragonclf.data.snapshot import COLUMNS, Snapshot, open_snapshot, read_rows
 from dragonclf.engine import published
+from dragonclf.engine.layout import Layout
 from dragonclf.evaluate.report import write_evaluation
 from dragonclf.model import bundle
 from dragonclf.verbs.score import ScoreSummary, score_rows
@@ -77,7 +78,7 @@ def predict_split(
             yield table.select(["uri", "etag", "size", "label", *own])
 
     input_id = {"snapshot": snapshot.info.id, "split": config.split}
-    summary = score_rows(config, loaded, verb="evaluate", input_id=input_id, rows=rows)
+    summary = score_rows(config, loaded, verb="evaluate", input_id=input_id, rows=rows, layout=Layout())
     return summary, _frame(summary.run, loaded.info.classes)
 
 

@@ -11,10 +11,11 @@ from dragonclf.config import RescoreConfig
 from dragonclf.data import tables
 from dragonclf.engine import inference, job, published, reuse, runs
 from dragonclf.engine.actor import ShardWork
+from dragonclf.engine.layout import FEATURES, Layout
 from dragonclf.engine.pipeline import SCORED
 from dragonclf.model import bundle, zoo
 from dragonclf.model.predictor import softmax
-from dragonclf.verbs.score import ScoreSummary, summarize
+from dragonclf.verbs.score import ScoreSummary, layout_of, summarize
 
 log = logging.getLogger("dragonclf")
 
@@ -32,17 +33,19 @@ def rescore(config: RescoreConfig) -> ScoreSummary:
         Also what `job.run` does.
     """
     loaded = bundle.load_bundle(config.model)
-    inference.check_class_names(loaded.info.classes)
+    layout = layout_of(config)
+    layout.check(loaded.info.classes, embeddings=False)
     uri = published.resolve_run(config.features)
     manifest = published.read_manifest(uri)
     _check(loaded, uri, manifest.spec)
     log.info("rescore: model %s on the embeddings of run %s", loaded.version, manifest.run)
     spec = {
         "model": loaded.version, "transform": loaded.info.transform.digest, "execution": HEAD,
+        "layout": layout.model_dump(mode="json"),
         runs.INPUT: {"run": manifest.run, "plan": manifest.plan_digest, "parts": manifest.parts_sha256},
     }  # fmt: skip
     done = job.run(
-        config.out, "rescore", spec, _nothing_to_list, RescoreTask(loaded.uri, loaded.version),
+        config.out, "rescore", spec, _nothing_to_list, RescoreTask(loaded.uri, loaded.version, layout),
         ray_config=config, run_config=config, made_of=uri,
     )  # fmt: skip
     return summarize(done, loaded, HEAD)
@@ -54,6 +57,7 @@ class RescoreTask:
 
     model_uri: str
     model_version: str
+    layout: Layout
     uses_gpu: bool = False
 
     def work(self, run: runs.Run, num_threads: int, max_bytes: int) -> ShardWork:
@@ -65,7 +69,7 @@ class RescoreTask:
 
         def rows_of(shard: int, planned: pa.Table, is_again: bool) -> tuple[pa.Table, int]:
             rows = tables.read(parts[shard])
-            features = rows[inference.FEATURES].combine_chunks().flatten().to_numpy()  # of the rows that have any
+            features = rows[FEATURES].combine_chunks().flatten().to_numpy()  # of the rows that have any
             logits = features.reshape(-1, weight.shape[1]).astype(np.float32) @ weight.T + bias
             scored = np.isin(rows["status"].to_pylist(), SCORED)
             probs = np.zeros((len(rows), len(bias)), np.float32)
@@ -73,12 +77,12 @@ class RescoreTask:
             own = pa.table(
                 {
                     **{name: rows[name] for name in ("uri", "etag", "status", "error")},
-                    **inference.answer_columns(loaded.info.classes, probs, ~scored),
-                    **{name: rows[name] for name in ("width", "height")},
+                    **self.layout.answers(loaded.info.classes, probs, ~scored),
+                    **{name: rows[name] for name in ("width", "height") if name in rows.column_names},
                     "model_version": pa.array([loaded.version] * len(rows), pa.string()),
                 }
             )
-            return reuse.with_input(own, planned), 0
+            return reuse.with_input(self.layout.chosen(own), planned), 0
 
         return rows_of
 

@@ -8,9 +8,10 @@ import pyarrow as pa
 from pydantic import BaseModel, Field
 
 from dragonclf import session, storage
-from dragonclf.config import ScoreConfig, ScoringConfig
+from dragonclf.config import LayoutConfig, ScoreConfig, ScoringConfig
 from dragonclf.data import listing
 from dragonclf.engine import inference, job, plan, runs
+from dragonclf.engine.layout import Layout
 from dragonclf.engine.pipeline import Limits
 from dragonclf.model import bundle, zoo
 from dragonclf.model.predictor import resolve_execution
@@ -49,6 +50,7 @@ def score(config: ScoreConfig) -> ScoreSummary:
         rows=lambda: listing.list_rows(config.source),
         since=config.since,
         embeddings=config.embeddings,
+        layout=layout_of(config),
     )
 
 
@@ -59,11 +61,12 @@ def score_rows(
     verb: str,
     input_id: dict[str, Any],
     rows: Callable[[], Iterable[pa.Table]],
-    since: str | None = None,
+    layout: Layout,
     embeddings: bool = False,
+    since: str | None = None,
 ) -> ScoreSummary:
     """Score the planned `rows` with a loaded bundle under `config.out`; `input_id` tells their origin in the run's spec."""
-    inference.check_class_names(loaded.info.classes)
+    layout.check(loaded.info.classes, embeddings=embeddings)
     execution = resolve_execution(
         config.runtime, config.device, config.precision, has_gpu=session.has_gpu(config.address)
     )  # fmt: skip
@@ -71,15 +74,20 @@ def score_rows(
     spec = {
         "model": loaded.version, "transform": loaded.info.transform.digest, "execution": execution.model_dump(),
         "max_image_bytes": limits.max_bytes, "max_pixels": limits.max_pixels, runs.INPUT: input_id,
-        "embeddings": zoo.backbone_digest(loaded.model) if embeddings else None,
+        "embeddings": zoo.backbone_digest(loaded.model) if embeddings else None, "layout": layout.model_dump(mode="json"),
     }  # fmt: skip
     log.info("%s: model %s by %s", verb, loaded.version, execution)
     done = job.run(
         config.out, verb, spec, lambda: plan.stage_plan(rows(), shard_images=config.shard_images),
-        inference.ScoreTask(execution, config.batch_size, limits, loaded.uri, loaded.version, embeddings),
+        inference.ScoreTask(execution, config.batch_size, limits, loaded.uri, loaded.version, embeddings, layout),
         ray_config=config, run_config=config, retry_errors=config.retry_errors, since=since,
     )  # fmt: skip
     return summarize(done, loaded, str(execution))
+
+
+def layout_of(config: LayoutConfig) -> Layout:
+    columns = tuple(name.strip() for name in config.columns.split(",")) if config.columns else None
+    return Layout(threshold=config.threshold, top_k=config.top_k, columns=columns)
 
 
 def summarize(done: job.Outcome, loaded: bundle.Bundle, execution: str) -> ScoreSummary:
