@@ -159,7 +159,8 @@ def with_daft(model: str, prefix: str, out: str) -> int:
     bucket = urllib.parse.urlsplit(prefix).netloc
     frame = daft.from_pydict({"uri": [f"s3://{bucket}/{key}" for key in keys_of(prefix)]})
     image = resize(decode_image(download(daft.col("uri"), io_config=config), mode="RGB"), SIZE, SIZE)
-    scored = frame.with_column("image", image).with_column("prob", Model(daft.col("image"))).exclude("image")
+    probs = Model(daft.col("image"))  # pyright: ignore[reportCallIssue]  the decorator makes an expression of it
+    scored = frame.with_column("image", image).with_column("prob", probs).exclude("image")
     scored.write_parquet(f"{out}-daft")
     return daft.read_parquet(f"{out}-daft").count_rows()
 

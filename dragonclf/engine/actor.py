@@ -2,19 +2,42 @@
 
 import threading
 import traceback
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
+import ray.util.metrics
+from pydantic import BaseModel, Field
 
 from dragonclf import storage
+from dragonclf.busy import Busy
 from dragonclf.engine import plan, published, runs
 from dragonclf.engine.published import PartFacts
 
-# (shard, its planned rows, whether it was begun before and not finished) -> its rows in the plan's order, how many were kept of an
-# earlier run. Called from several threads at once.
-ShardWork = Callable[[int, pa.Table, bool], tuple[pa.Table, int]]
+
+class ShardWork(Protocol):
+    """Does shards, in several threads at once."""
+
+    def __call__(self, shard: int, planned: pa.Table, is_again: bool) -> tuple[pa.Table, int]:
+        """Return a shard's rows in the plan's order, and how many were kept of an earlier run.
+
+        `is_again` tells that it was begun before and not finished.
+        """
+        ...
+
+    def take_busy(self) -> Busy:
+        """What the time since the last call was spent on."""
+        ...
+
+
+class ShardDone(BaseModel):
+    """What an actor answers about a shard."""
+
+    shard: int
+    facts: PartFacts | None = Field(default=None, description="Of the part that is there now. None: it failed.")
+    busy: Busy = Busy()
+    kind: Literal["", "storage", "value", "bug"] = ""
+    failure: str = ""
 
 
 class Task(Protocol):
@@ -35,24 +58,27 @@ class ShardActor:
         self._run, self._task, self._num_threads, self._max_bytes = run, task, num_threads, max_bytes
         self._opening = threading.Lock()
         self._work: ShardWork | None = None
+        self._num_images = ray.util.metrics.Counter("dragonclf_images", "Rows written.", ("verb", "status"))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Do the one shard in the batch: read its plan, process, write its part. A failure is an answer that stops the driver."""
         shard = int(batch["shard"][0])
-        facts: PartFacts | None = None
-        kind, failure = "", ""
+        done = ShardDone(shard=shard)
         try:
-            facts = self._do(shard)
+            done.facts = self._do(shard)
         except storage.StorageError as error:
-            kind, failure = "storage", str(error)
+            done.kind, done.failure = "storage", str(error)
         except ValueError as error:
-            kind, failure = "value", str(error)
+            done.kind, done.failure = "value", str(error)
         except OSError as error:  # the local disk, sockets, file descriptors: of this machine, not of an image
-            kind, failure = "storage", f"a worker process failed on shard {shard}: {error}"
+            done.kind, done.failure = "storage", f"a worker process failed on shard {shard}: {error}"
         except Exception:  # noqa: BLE001  a bug of ours: Ray Data would log it, drop the shard and go on
-            kind, failure = "bug", traceback.format_exc()
-        done = facts.model_dump_json() if facts else ""
-        return {"shard": [shard], "facts": [done], "kind": [kind], "failure": [failure]}
+            done.kind, done.failure = "bug", traceback.format_exc()
+        if done.facts is not None:
+            done.busy = self._work.take_busy() if self._work else Busy()
+            for status, count in done.facts.counts.items():
+                self._num_images.inc(count, {"verb": self._run.verb, "status": status})
+        return {"done": [done.model_dump_json()]}
 
     def _do(self, shard: int) -> PartFacts:
         run = self._run

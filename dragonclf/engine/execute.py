@@ -16,15 +16,15 @@ from ray.util.annotations import RayDeprecationWarning
 
 from dragonclf import storage
 from dragonclf.engine import lease, plan, reuse, runs
-from dragonclf.engine.actor import ShardActor, Task
-from dragonclf.engine.published import Manifest, PartFacts
+from dragonclf.engine.actor import ShardActor, ShardDone, Task
+from dragonclf.engine.published import Manifest
 
 MAX_CPUS_PER_ACTOR = 8
 MAX_PASSES = 3  # over the shards that have no part
 MAX_TASK_RETRIES = 2  # of a shard in one pass, each in another process
 SHARDS_PER_ACTOR = 2  # at one time, so that no shard boundary leaves the model idle
 
-Progress = Callable[[int, PartFacts | None], None]
+Progress = Callable[[int, ShardDone | None], None]
 
 
 def execute(
@@ -39,7 +39,7 @@ def execute(
 ) -> Manifest:
     """Bring a run to its publication: do the shards that have no part, in passes, check them all, publish.
 
-    `progress` is called with (images of a shard just done, what its part tells), first with None for the parts that are there already.
+    `progress` is called with (images of a shard just done, what its actor answered), first with None for the parts that are there already.
     Raises StorageError or ValueError as met in an actor, StorageError for a shard that ends every process which does it, and BusyError
     if the lease is lost. The run then stays, to be resumed by the same command.
     """
@@ -55,8 +55,8 @@ def execute(
         try:
             shards = _run_shards(run, task, missing, at_once, num_actors, cpus_per_actor, max_actor_bytes)
             with contextlib.closing(shards):
-                for shard, facts in shards:
-                    progress(sizes[shard], facts)
+                for done in shards:
+                    progress(sizes[done.shard], done)
         except ray.exceptions.RayError as error:
             reason = f": {str(error).strip().splitlines()[-1]}"
         missing = runs.missing_shards(run)
@@ -78,8 +78,8 @@ def _run_shards(
     num_actors: int | None,
     cpus_per_actor: int | None,
     max_actor_bytes: int | None,
-) -> Generator[tuple[int, PartFacts], None, None]:
-    """Yield (shard, what its part tells) as parts are written. A shard whose process ended `MAX_TASK_RETRIES` + 1 times is left out."""
+) -> Generator[ShardDone, None, None]:
+    """Yield the actors' answers as parts are written. A shard whose process ended `MAX_TASK_RETRIES` + 1 times is left out."""
     cpus = cpus_per_actor or min(MAX_CPUS_PER_ACTOR, _largest_node())
     resources = ray.cluster_resources()
     fit = int(resources.get("GPU", 0)) if task.uses_gpu else int(resources.get("CPU", 0) // cpus)
@@ -108,9 +108,10 @@ def _run_shards(
     # Closed, not left to the garbage collector: an exception keeps this frame, and the actors would go on in their Ray.
     with contextlib.closing(cast(Generator[dict[str, Any], None, None], iter(results.iter_rows()))) as rows:
         for row in rows:
-            if row["failure"]:
-                raise _FAILURES[row["kind"]](row["failure"])
-            yield int(row["shard"]), PartFacts.model_validate_json(row["facts"])
+            done = ShardDone.model_validate_json(row["done"])
+            if done.kind:
+                raise _FAILURES[done.kind](done.failure)
+            yield done
 
 
 def _largest_node() -> int:

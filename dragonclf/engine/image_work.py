@@ -13,6 +13,7 @@ from typing import Protocol
 
 import pyarrow as pa
 
+from dragonclf.busy import Busy
 from dragonclf.engine import plan, reuse, runs
 from dragonclf.engine.pipeline import Limits, Pipeline, SuspectError, Worker
 
@@ -47,6 +48,9 @@ class ImageWork:
         # An image that failed before may be one that kills or hangs its decoder.
         isolate = is_again or self._run.same_plan
         return self._earlier.complete(shard, planned, lambda rows: self._process(rows, isolate=isolate))
+
+    def take_busy(self) -> Busy:
+        return self._pipeline.take_busy() if self._pipeline else Busy()
 
     def _process(self, planned: pa.Table, *, isolate: bool) -> pa.Table:
         if not isolate:

@@ -10,6 +10,8 @@ Memory is bounded: encoded bytes in flight by a budget, decoded images by the fe
 import asyncio
 import contextlib
 import threading
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -19,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from dragonclf.busy import Busy
 from dragonclf.data import images, isolated
 from dragonclf.data.images import ImageError
 from dragonclf.engine.fetch import ImageReader
@@ -114,6 +117,8 @@ class Pipeline:
         self._batches = asyncio.Semaphore(MAX_BATCHES)
         self._budget = _Budget(MAX_BYTES_IN_FLIGHT)
         self._isolation = _Isolation(limits, num_threads)
+        self._spent: Counter[str] = Counter()
+        self._spending, self._since_s = threading.Lock(), time.monotonic()
         threading.Thread(target=self._loop.run_forever, daemon=True, name="fetch").start()
 
     def process(self, planned: pa.Table, *, isolate: bool = False) -> pa.Table:
@@ -128,6 +133,18 @@ class Pipeline:
                 return asyncio.run_coroutine_threadsafe(self._process(planned, isolate), self._loop).result()
             except BaseExceptionGroup as group:
                 raise _first(group) from group
+
+    def take_busy(self) -> Busy:
+        """What the time since the last call was spent on."""
+        now = time.monotonic()
+        with self._spending:
+            wall_s, self._since_s = now - self._since_s, now
+            spent, self._spent = self._spent, Counter()
+        return Busy.model_validate(dict(spent) | {"wall_s": wall_s, "threads_s": wall_s * self._num_threads})
+
+    def _note(self, **spent: float) -> None:
+        with self._spending:
+            self._spent.update(spent)
 
     async def _process(self, planned: pa.Table, isolate: bool) -> pa.Table:
         rows = [planned[name].to_pylist() for name in ("uri", "etag", "size")]
@@ -151,7 +168,7 @@ class Pipeline:
                     tasks.create_task(self._image(row, uri, etag, size, result, target, isolate))
             if pixels is None or not any(result.statuses[row] in SCORED for row in batch):
                 return
-            outputs = await self._loop.run_in_executor(self._model, self._worker.predict, pixels)
+            outputs = await self._loop.run_in_executor(self._model, self._predict, pixels)
             for name, column in outputs.items():
                 if name not in result.outputs:
                     result.outputs[name] = np.zeros((len(rows[0]), *column.shape[1:]), column.dtype)
@@ -164,7 +181,9 @@ class Pipeline:
         try:
             self._check_size(size)
             async with self._fetches, self._budget.spend(size if size is not None else UNKNOWN_SIZE):
+                started_s = time.monotonic()
                 data, found = await self._reader.read(uri)
+                self._note(fetch_s=time.monotonic() - started_s, num_bytes=len(data))
                 result.etags[row] = found
                 self._check_size(len(data))
                 result.values[row] = await self._decode(data, target, isolate)
@@ -196,11 +215,19 @@ class Pipeline:
             except MemoryError as error:
                 raise SuspectError("there was not enough memory to decode an image") from error
 
+    def _predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        started_s = time.monotonic()
+        outputs = self._worker.predict(pixels)
+        self._note(model_s=time.monotonic() - started_s)
+        return outputs
+
     def _read(self, data: bytes, target: np.ndarray | None, isolate: bool) -> dict[str, Any]:
+        started_s = time.monotonic()
         image = self._isolation.decode(data) if isolate else images.decode(data, max_pixels=self._limits.max_pixels)
         values, pixels = self._worker.read(data, image)
         if target is not None:
             target[:] = pixels
+        self._note(decode_s=time.monotonic() - started_s)
         return values
 
 

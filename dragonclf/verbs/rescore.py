@@ -7,11 +7,11 @@ from typing import Any, NoReturn
 import numpy as np
 import pyarrow as pa
 
+from dragonclf.busy import Busy
 from dragonclf.config import RescoreConfig
 from dragonclf.data import tables
 from dragonclf.engine import inference, job, published, reuse, runs
-from dragonclf.engine.actor import ShardWork
-from dragonclf.engine.layout import FEATURES, Layout
+from dragonclf.engine.layout import ALWAYS, FEATURES, Layout
 from dragonclf.engine.pipeline import SCORED
 from dragonclf.model import bundle, zoo
 from dragonclf.model.predictor import softmax
@@ -60,31 +60,39 @@ class RescoreTask:
     layout: Layout
     uses_gpu: bool = False
 
-    def work(self, run: runs.Run, num_threads: int, max_bytes: int) -> ShardWork:
+    def work(self, run: runs.Run, num_threads: int, max_bytes: int) -> "RescoreWork":
+        return RescoreWork(run, self)
+
+
+class RescoreWork:
+    """Shards of a run out of the same shards of the run that it is made of."""
+
+    def __init__(self, run: runs.Run, task: RescoreTask):
         assert run.base is not None
-        parts = published.check_parts(run.base, published.read_manifest(run.base))
-        loaded = inference.open_bundle(self.model_uri, self.model_version)
-        head = zoo.classifier(loaded.model)
-        weight, bias = head.weight.detach().numpy(), head.bias.detach().numpy()  # (K, F), (K,)
+        self._parts = published.check_parts(run.base, published.read_manifest(run.base))
+        self._layout, self._loaded = task.layout, inference.open_bundle(task.model_uri, task.model_version)
+        head = zoo.classifier(self._loaded.model)
+        self._weight, self._bias = head.weight.detach().numpy(), head.bias.detach().numpy()  # (K, F), (K,)
 
-        def rows_of(shard: int, planned: pa.Table, is_again: bool) -> tuple[pa.Table, int]:
-            rows = tables.read(parts[shard])
-            features = rows[FEATURES].combine_chunks().flatten().to_numpy()  # of the rows that have any
-            logits = features.reshape(-1, weight.shape[1]).astype(np.float32) @ weight.T + bias
-            scored = np.isin(rows["status"].to_pylist(), SCORED)
-            probs = np.zeros((len(rows), len(bias)), np.float32)
-            probs[scored] = softmax(logits)
-            own = pa.table(
-                {
-                    **{name: rows[name] for name in ("uri", "etag", "status", "error")},
-                    **self.layout.answers(loaded.info.classes, probs, ~scored),
-                    **{name: rows[name] for name in ("width", "height") if name in rows.column_names},
-                    "model_version": pa.array([loaded.version] * len(rows), pa.string()),
-                }
-            )
-            return reuse.with_input(self.layout.chosen(own), planned), 0
+    def take_busy(self) -> Busy:
+        return Busy()
 
-        return rows_of
+    def __call__(self, shard: int, planned: pa.Table, is_again: bool) -> tuple[pa.Table, int]:
+        rows = tables.read(self._parts[shard])
+        features = rows[FEATURES].combine_chunks().flatten().to_numpy()  # of the rows that have any
+        logits = features.reshape(-1, self._weight.shape[1]).astype(np.float32) @ self._weight.T + self._bias
+        scored = np.isin(rows["status"].to_pylist(), SCORED)
+        probs = np.zeros((len(rows), len(self._bias)), np.float32)
+        probs[scored] = softmax(logits)
+        own = pa.table(
+            {
+                **{name: rows[name] for name in ALWAYS},
+                **self._layout.answers(self._loaded.info.classes, probs, ~scored),
+                **{name: rows[name] for name in ("width", "height") if name in rows.column_names},
+                "model_version": pa.array([self._loaded.version] * len(rows), pa.string()),
+            }
+        )
+        return reuse.with_input(self._layout.chosen(own), planned), 0
 
 
 def _check(loaded: bundle.Bundle, uri: str, spec: dict[str, Any]) -> None:

@@ -33,6 +33,9 @@ class ScoreSummary(BaseModel):
     images_per_s: float | None = Field(
         description="Of this call's images, the start of its actors included. None: nothing was to do."
     )
+    bottleneck: str | None = Field(
+        description="What the workers waited for most, and what would help. None: they read nothing."
+    )
 
 
 def score(config: ScoreConfig) -> ScoreSummary:
@@ -96,5 +99,5 @@ def summarize(done: job.Outcome, loaded: bundle.Bundle, execution: str) -> Score
     return ScoreSummary(
         run=done.uri, parts=storage.join(done.uri, "parts"), num_images=manifest.num_images, counts=manifest.counts,
         num_kept=manifest.num_kept, num_deleted=manifest.num_deleted, model_version=loaded.version, execution=execution,
-        images_per_s=done.images_per_s,
+        images_per_s=done.images_per_s, bottleneck=done.bottleneck,
     )  # fmt: skip

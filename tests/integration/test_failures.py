@@ -10,12 +10,14 @@ import sys
 import textwrap
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+import ray
 import torch
 
 import dragonclf
@@ -291,6 +293,11 @@ def test_since_the_latest_run_only_what_changed_is_read(
     upload(source, bucket)
     first = scored(small_bundle, source, out, since="latest")
     assert (first.num_kept, first.num_deleted) == (0, 0)
+    told = json.loads(storage.get(f"{first.run}/summary.json"))
+    assert (told["images"], told["read_by_this_call"], told["counts_of_this_call"]) == (200, 200, {"ok": 200})
+    assert told["busy"]["num_bytes"] == sum(map(len, bucket.values()))
+    assert told["bottleneck"] == first.bottleneck
+    assert 0 < told["busy"]["model_s"] < told["busy"]["wall_s"] < told["seconds"]
     upload(source, {"0007.jpg": encoded(seed=907), "0111.jpg": b"no image any more"})  # replaced
     upload(source, {"0050a.jpg": encoded(seed=950), "9999.jpg": encoded(seed=999)})  # new
     for key in ("0001.jpg", "0199.jpg"):
@@ -308,6 +315,19 @@ def test_since_the_latest_run_only_what_changed_is_read(
     kept, made = (frame_of(done.parts, tmp_path / done.run[-18:]) for done in (second, full))
     pd.testing.assert_frame_equal(kept, made, check_exact=False, rtol=1e-4, atol=1e-6)
     assert scored(small_bundle, source, out, since="latest").run == second.run
+
+
+def test_rows_are_counted_in_rays_metrics(proxy: S3Proxy, small_bundle: str, undisturbed: pd.DataFrame):
+    (node,) = [node for node in ray.nodes() if node["Alive"]]
+    deadline, found = time.monotonic() + MOST_S, 0.0
+    while not found and time.monotonic() < deadline:
+        with urllib.request.urlopen(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics") as answer:
+            lines = [line for line in answer.read().decode().splitlines() if line.startswith("ray_dragonclf_images")]
+        found = sum(
+            float(line.rpartition(" ")[2]) for line in lines if 'status="ok"' in line and 'verb="score"' in line
+        )
+        time.sleep(0.5)
+    assert found >= NUM_IMAGES
 
 
 def test_rescoring_applies_another_head_without_reading_an_image(

@@ -17,7 +17,7 @@ LAYERS = [
     {"data"},
     {"model"},
     {"evaluate"},
-    {"outcomes", "session", "progress", "tracking"},
+    {"outcomes", "busy", "session", "progress", "tracking"},
     {"engine"},
     {"train"},
     {"verbs"},

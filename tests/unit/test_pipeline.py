@@ -102,6 +102,23 @@ def test_one_row_an_image_in_order_each_with_its_own_result(tmp_path: Path):
     assert table["etag"].to_pylist() == [getattr(storage.stat(uri), "etag", None) for uri in uris]
 
 
+def test_it_tells_what_its_time_was_spent_on(tmp_path: Path):
+    worker = NumberWorker()
+    worker.read, read = (lambda data, image: (time.sleep(0.01), read(data, image))[1]), worker.read  # pyright: ignore[reportAttributeAccessIssue]
+    pipeline = pipeline_of(worker, 3)
+    pipeline.take_busy()
+    started_s = time.monotonic()
+    pipeline.process(plan_of(write_numbers(tmp_path, range(30))))
+    busy = pipeline.take_busy()
+    assert busy.wall_s <= time.monotonic() - started_s
+    assert busy.threads_s == pytest.approx(3 * busy.wall_s)
+    assert 0.3 <= busy.decode_s <= busy.threads_s
+    assert 0 < busy.model_s < busy.wall_s
+    assert busy.num_bytes == sum(len(image_of(i)) for i in range(30))
+    assert busy.fetch_s > 0
+    assert pipeline.take_busy().decode_s == 0
+
+
 def test_batches_depend_on_the_plan_alone(tmp_path: Path):
     uris = write_numbers(tmp_path, range(1, 31))
     (tmp_path / "7").write_bytes(b"broken")
