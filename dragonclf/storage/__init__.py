@@ -61,7 +61,11 @@ def name(uri: str) -> str:
 
 
 def list_objects(uri: str) -> Iterator[ObjectInfo]:
-    """Yield every object under a prefix or folder, in the store's order, in constant memory.
+    """Yield every object under a prefix or folder, each once, in the store's order, in constant memory.
+
+    The order is that of the keys' bytes, also of a local folder, unless the store has another one (SeaweedFS, S3's directory buckets).
+    An S3 prefix of more than a page is listed by 32 requests at once where the order is that of bytes (see `parallel_listing`). Until the
+    listing ends, it takes about 100 bytes of the temporary folder a key then, and threads that end with the iterator.
 
     A prefix is a folder: ``s3://b/cats`` lists ``cats/...`` and never ``cats2/...``. Raises ObjectMissingError for a local folder
     that does not exist; an S3 prefix without objects yields nothing. Symbolic links are followed; one that leads nowhere is listed,

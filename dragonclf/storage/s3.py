@@ -25,6 +25,7 @@ from obstore.exceptions import BaseError, PermissionDeniedError, Unauthenticated
 from obstore.store import S3Store
 from pyarrow import fs
 
+from dragonclf.storage import listing_answer, parallel_listing
 from dragonclf.storage.errors import (
     AccessDeniedError,
     CredentialsError,
@@ -36,16 +37,20 @@ from dragonclf.storage.errors import (
     first_line,
     missing,
 )
+from dragonclf.storage.parallel_listing import Page
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import ListObjectsV2OutputTypeDef
 
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 15  # between two bytes of an answer
 FETCH_TIMEOUT_S = 25  # of one image, whole
 RETRY_S = 20  # an operation is begun again for so long, so that it ends within RETRY_S + the timeout of one try
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 5.0
+PAGE_KEYS = 1000  # of a listing: S3's most
+
+# Known to list in another order than by the keys' bytes: SeaweedFS goes folder by folder, and so do S3's directory buckets.
+_UNORDERED_SERVER, _UNORDERED_BUCKET = "SeaweedFS", "--x-s3"
 
 _Result = TypeVar("_Result")
 
@@ -75,23 +80,27 @@ def list_objects(uri: str) -> Iterator[ObjectInfo]:
     bucket, prefix = split(uri)
     if prefix and not prefix.endswith("/"):
         prefix += "/"
-    token: str | None = None
 
-    def list_page() -> "ListObjectsV2OutputTypeDef":
-        if token is None:
-            return _client().list_objects_v2(Bucket=bucket, Prefix=prefix)
-        return _client().list_objects_v2(Bucket=bucket, Prefix=prefix, ContinuationToken=token)
-
-    while True:
-        page = _call("list", uri, list_page)
-        for item in page.get("Contents", []):
+    def list_page(*, start_after: str | None = None, token: str | None = None) -> Page:
+        where = {"ContinuationToken": token} if token else {"StartAfter": start_after} if start_after else {}
+        found = _call(
+            "list", uri,
+            lambda: _client().list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=PAGE_KEYS, **where),  # pyright: ignore[reportArgumentType]
+        )  # fmt: skip
+        entries = []
+        for item in found.get("Contents", []):
             assert "Key" in item
             assert "ETag" in item
             assert "Size" in item
-            yield ObjectInfo(f"s3://{bucket}/{item['Key']}", item["ETag"].strip('"'), item["Size"])
-        if not page.get("IsTruncated"):
-            return
-        token = page.get("NextContinuationToken")
+            entries.append((item["Key"], item["ETag"].strip('"'), item["Size"]))
+        server = found["ResponseMetadata"]["HTTPHeaders"].get("server", "")
+        return Page(
+            entries, found.get("NextContinuationToken") if found.get("IsTruncated") else None,
+            may_split=not server.startswith(_UNORDERED_SERVER) and not bucket.endswith(_UNORDERED_BUCKET),
+        )  # fmt: skip
+
+    for key, etag, size in parallel_listing.list_entries(list_page, prefix):
+        yield ObjectInfo(f"s3://{bucket}/{key}", etag, size)
 
 
 def stat(uri: str) -> ObjectInfo | None:
@@ -204,7 +213,7 @@ def _obstore_keeps(key: str) -> bool:
 
 @functools.cache
 def _client() -> "S3Client":
-    return boto3.Session().client(
+    client = boto3.Session().client(
         "s3",
         config=Config(
             connect_timeout=CONNECT_TIMEOUT_S,
@@ -213,6 +222,8 @@ def _client() -> "S3Client":
             max_pool_connections=64,
         ),
     )
+    listing_answer.register(client.meta.events)
+    return client
 
 
 _stores: dict[str, S3Store] = {}
