@@ -210,7 +210,7 @@ def test_seaweedfs_is_listed_serially(s3_env: LocalS3, monkeypatch: pytest.Monke
 
 @pytest.fixture
 def moto(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An endpoint that lists by bytes, with a bucket `photos`."""
+    """An endpoint that lists by bytes, with a bucket `awkward` (moto keeps buckets for as long as the process)."""
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     try:
@@ -222,7 +222,7 @@ def moto(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
             },
             monkeypatch,
         )  # fmt: skip
-        s3._client().create_bucket(Bucket="photos")
+        s3._client().create_bucket(Bucket="awkward")
         yield endpoint
     finally:
         server.stop()
@@ -242,17 +242,17 @@ def test_awkward_keys_by_small_pages(moto: str, monkeypatch: pytest.MonkeyPatch)
     keys = awkward_keys()
     client = s3._client()
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda key: client.put_object(Bucket="photos", Key=key, Body=key.encode()), keys))
+        list(pool.map(lambda key: client.put_object(Bucket="awkward", Key=key, Body=key.encode()), keys))
     monkeypatch.setattr(s3, "PAGE_KEYS", 10)
-    found = list(storage.list_objects("s3://photos/in"))
-    assert [info.uri for info in found] == [f"s3://photos/{key}" for key in keys]
+    found = list(storage.list_objects("s3://awkward/in"))
+    assert [info.uri for info in found] == [f"s3://awkward/{key}" for key in keys]
     assert [info.size for info in found] == [len(key.encode()) for key in keys]
-    assert [info.uri for info in storage.list_objects("s3://photos/in/flat")] == [
-        f"s3://photos/in/flat/{i:05d}.jpg" for i in range(300)
+    assert [info.uri for info in storage.list_objects("s3://awkward/in/flat")] == [
+        f"s3://awkward/in/flat/{i:05d}.jpg" for i in range(300)
     ]
     assert num_threads() == 0
-    plain = boto3.client("s3").list_objects_v2(Bucket="photos", Prefix="in/", MaxKeys=100)
-    ours = s3._client().list_objects_v2(Bucket="photos", Prefix="in/", MaxKeys=100)
+    plain = boto3.client("s3").list_objects_v2(Bucket="awkward", Prefix="in/", MaxKeys=100)
+    ours = s3._client().list_objects_v2(Bucket="awkward", Prefix="in/", MaxKeys=100)
     assert [(item.get("Key"), item.get("ETag"), item.get("Size")) for item in ours.get("Contents", [])] == [
         (item.get("Key"), item.get("ETag"), item.get("Size")) for item in plain.get("Contents", [])
     ]
