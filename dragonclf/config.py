@@ -5,9 +5,10 @@ A field's description is its ``--help``; its validation is the only one. Fields 
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dragonclf import storage
+from dragonclf.storage import globs
 
 MAX_IMAGE_BYTES = 256 * 2**20
 MAX_IMAGE_S = 60.0
@@ -35,6 +36,39 @@ class RayConfig(_Config):
     cpus_per_actor: int | None = Field(
         default=None, ge=1, description="CPUs of an actor. None: all of a node's, at most 8."
     )
+
+
+class ListingConfig(_Config):
+    """Which of a source's objects a run is about. Part of what identifies the run."""
+
+    include: list[str] = Field(
+        default=[],
+        description="Only keys that match: '*.jpg' (a name, in any folder), '2024/*.jpg' (from the source on), '**/cats/**', '{a,b}'. "
+        "Repeatable.",
+    )
+    exclude: list[str] = Field(
+        default=[], description="No keys that match, though they are included: 'tmp/' is all below tmp. Repeatable."
+    )
+    limit: int | None = Field(default=None, ge=1, description="Only the first of them, in the order of the listing.")
+    sample: int | None = Field(
+        default=None, ge=1, description="Only so many of them, drawn by a hash of the uri: equal inputs, equal samples."
+    )
+    sample_seed: int = Field(default=0, ge=0, description="Draws another sample.")
+
+    @field_validator("include", "exclude")
+    @classmethod
+    def _check_patterns(cls, patterns: list[str]) -> list[str]:
+        for pattern in patterns:
+            globs.regex(pattern)
+        return patterns
+
+    @model_validator(mode="after")
+    def _check_one_of(self) -> "ListingConfig":
+        if self.limit is not None and self.sample is not None:
+            raise ValueError("--limit and --sample exclude each other: give one")
+        if self.sample is None and self.sample_seed:
+            raise ValueError("--sample-seed draws nothing without --sample: give both")
+        return self
 
 
 class LimitsConfig(_Config):
@@ -102,7 +136,7 @@ class ExecutionConfig(_Config):
     )
 
 
-class IndexConfig(RayConfig, LimitsConfig, ReadingConfig):
+class IndexConfig(RayConfig, ListingConfig, LimitsConfig, ReadingConfig):
     """Options of `index`."""
 
     source: str = Field(
@@ -144,7 +178,7 @@ class LayoutConfig(_Config):
     )
 
 
-class ScoreConfig(ScoringConfig, LayoutConfig):
+class ScoreConfig(ScoringConfig, ListingConfig, LayoutConfig):
     """Options of `score`."""
 
     source: str = Field(

@@ -23,14 +23,13 @@ def arguments(config: BaseModel) -> list[str]:
     found = [str(getattr(config, name)) for name in chosen if _is_positional(fields[name])]
     for name in chosen:
         value = getattr(config, name)
-        if not _is_positional(fields[name]):
-            found += (
-                [_option(name)]
-                if value is True
-                else [_option(f"no_{name}")]
-                if value is False
-                else [_option(name), str(value)]
-            )
+        if _is_positional(fields[name]):
+            continue
+        if isinstance(value, bool):
+            found.append(_option(name) if value else _option(f"no_{name}"))
+        else:
+            for item in value if isinstance(value, list) else [value]:
+                found += [_option(name), str(item)]
     return found
 
 
@@ -51,7 +50,7 @@ def _parameter(name: str, field: FieldInfo, defaults: dict[str, Any]) -> inspect
         info = typer.Option(
             _declaration(name, field),
             help=field.description,
-            show_default=not field.is_required() and default is not None,
+            show_default=not field.is_required() and default not in (None, []),
         )
     required = field.is_required() and name not in defaults
     return inspect.Parameter(

@@ -15,7 +15,7 @@ import torch
 
 from dragonclf import storage
 from dragonclf.config import IndexConfig
-from dragonclf.data import images, listing, snapshot
+from dragonclf.data import images, listing, selection, snapshot
 from dragonclf.engine import job, plan, published, runs
 from dragonclf.engine.image_work import ImageWork
 from dragonclf.engine.pipeline import Limits, ShardResult
@@ -30,14 +30,14 @@ MEASURED = ("width", "height", "sha256", "status", "error")
 
 
 def index(config: IndexConfig) -> snapshot.Snapshot:
-    """Read and check every image of `config.source` once, and write a snapshot under `config.out`.
+    """Read and check every image of `config.source` that its filters choose once, and write a snapshot under `config.out`.
 
     Each object is a row, with a status if it cannot be used. The same command resumes a killed run; on an unchanged source it returns
     the snapshot that is there. ValueError, before anything is written, for classes that could not be trained on.
     """
     spec = {
         "max_image_bytes": config.max_image_bytes, "max_pixels": config.max_pixels, "decode": images.DECODE_VERSION,
-        runs.INPUT: {"source": config.source},
+        runs.INPUT: {"source": config.source, **selection.selection_id(config)},
     }  # fmt: skip
     limits = Limits(config.max_image_bytes, config.max_pixels, config.max_image_s)
     done = job.run(
@@ -103,12 +103,12 @@ def _stage(config: IndexConfig) -> plan.StagedPlan:
 
     def rows() -> Iterator[pa.Table]:
         label = _label_manifest if listing.is_manifest(config.source) else _label_prefix
-        for table in listing.list_rows(config.source):
+        for table in selection.select(listing.list_rows(config.source), config.source, config):
             labelled = label(table, config.source, labels)
             if labelled.num_rows:
                 yield labelled
 
-    for name in _empty_folders(config.source):
+    for name in _empty_folders(config.source) if not selection.selection_id(config) else ():
         labels[name] += 0
     staged = plan.stage_plan(rows(), shard_images=config.shard_images)
     try:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from dragonclf import session, storage
 from dragonclf.config import LayoutConfig, ScoreConfig, ScoringConfig
-from dragonclf.data import listing
+from dragonclf.data import listing, selection
 from dragonclf.engine import inference, job, plan, runs
 from dragonclf.engine.layout import Layout
 from dragonclf.engine.pipeline import Limits
@@ -39,7 +39,7 @@ class ScoreSummary(BaseModel):
 
 
 def score(config: ScoreConfig) -> ScoreSummary:
-    """Score all of `config.source` into `config.out`: one row per object, whatever it is.
+    """Score all of `config.source`, or what its filters choose, into `config.out`: one row per object, whatever it is.
 
     The same command again resumes a killed run, and does nothing if the input is as the last published run saw it. Raises what
     `job.run` does; a run that stops so can be resumed.
@@ -49,8 +49,8 @@ def score(config: ScoreConfig) -> ScoreSummary:
         config,
         loaded,
         verb="score",
-        input_id={"source": config.source},
-        rows=lambda: listing.list_rows(config.source),
+        input_id={"source": config.source} | selection.selection_id(config),
+        rows=lambda: selection.select(listing.list_rows(config.source), config.source, config),
         since=config.since,
         embeddings=config.embeddings,
         layout=layout_of(config),
