@@ -23,7 +23,10 @@ from botocore.config import Config
 from dragonclf.storage import s3
 
 START_TIMEOUT_S = 30
-HIGHEST_PORT = 55_000  # SeaweedFS also takes each port + 10,000
+# Below those that Linux gives to outgoing connections, which would take one between our look and the start. SeaweedFS also takes each
+# port + 10,000.
+PORTS = range(10_500, 22_500)
+MAX_STARTS = 3  # with other ports each time
 PR_SET_PDEATHSIG = 1
 
 
@@ -46,11 +49,16 @@ class LocalS3:
         return f"http://127.0.0.1:{self._ports[0]}"
 
     def __enter__(self) -> "LocalS3":
-        try:
-            self.start()
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
+        for tries_left in reversed(range(MAX_STARTS)):
+            try:
+                self.start()
+                break
+            except BaseException as error:
+                if not (tries_left and isinstance(error, RuntimeError)):
+                    self.__exit__(None, None, None)
+                    raise
+                self.stop()
+                self._ports = _free_ports(5)
         return self
 
     def __exit__(
@@ -168,7 +176,7 @@ def _free_ports(count: int) -> list[int]:
     """Ports on loopback that are free now, as are the ones 10,000 higher."""
     found: list[int] = []
     while len(found) < count:
-        port = secrets.randbelow(HIGHEST_PORT - 20_000) + 20_000
+        port = secrets.choice(PORTS)
         if port not in found and _is_free(port) and _is_free(port + 10_000):
             found.append(port)
     return found
