@@ -140,8 +140,8 @@ class IndexConfig(RayConfig, ListingConfig, LimitsConfig, ReadingConfig):
     """Options of `index`."""
 
     source: str = Field(
-        description="Folder or s3:// prefix with one folder per class (under train/ and valid/ if it likes), or a CSV or Parquet "
-        "manifest with columns uri, label and optionally split, group.",
+        description="Folder or s3:// prefix with one folder per class (under train/ and valid/ if it likes), the manifest.json of an S3 "
+        "Inventory of such a bucket, or a CSV or Parquet manifest with columns uri, label and optionally split, group.",
         json_schema_extra={"positional": True},
     )
     out: str = Field(description="Folder or s3:// prefix for the data set's snapshots.")
@@ -182,7 +182,8 @@ class ScoreConfig(ScoringConfig, ListingConfig, LayoutConfig):
     """Options of `score`."""
 
     source: str = Field(
-        description="Folder or s3:// prefix to score whole, or a CSV or Parquet manifest with a column uri.",
+        description="Folder or s3:// prefix to score whole, the manifest.json of an S3 Inventory, or a CSV or Parquet manifest with a "
+        "column uri.",
         json_schema_extra={"positional": True},
     )
     since: str | None = Field(

@@ -1,9 +1,8 @@
-"""From what a user points at to rows to plan: a prefix is listed, a CSV or Parquet manifest is read and sorted.
+"""From what a user points at to rows to plan: a prefix is listed, a CSV or Parquet manifest or an S3 Inventory is read and sorted.
 
 Every row has ``uri`` (string), ``etag`` (string or null), ``size`` (int64 or null); a manifest's further columns follow.
 """
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,19 +10,24 @@ import duckdb
 import pyarrow as pa
 
 from dragonclf import storage
+from dragonclf.data import inventory, sorting
+from dragonclf.data.sorting import BATCH_ROWS
 
-BATCH_ROWS = 10_000
 TEXT_COLUMNS = ("uri", "etag", "label", "split", "group")  # names, whatever they look like: label 01 is not 1
 SCHEMA = pa.schema([("uri", pa.string()), ("etag", pa.string()), ("size", pa.int64())])
 
 
 def list_rows(source: str) -> Iterator[pa.Table]:
-    """Yield the rows of a prefix or manifest in tables of 10,000, in constant memory. ValueError if there is not one row."""
-    tables = read_manifest(source) if is_manifest(source) else list_prefix(source)
+    """Yield the rows of a prefix, manifest or inventory in tables of 10,000, in constant memory. ValueError if there is not one row."""
+    if is_manifest(source):
+        tables, nothing = read_manifest(source), f"the manifest {source} has no row"
+    elif inventory.is_inventory(source):
+        tables, nothing = inventory.read_inventory(source), f"the inventory {source} has no object"
+    else:
+        tables, nothing = list_prefix(source), f"there is no object under {source}"
     first = next(tables, None)
     if first is None:
-        what = f"the manifest {source} has no row" if is_manifest(source) else f"there is no object under {source}"
-        raise ValueError(f"{what}: check the name")
+        raise ValueError(f"{nothing}: check the name")
     yield first
     yield from tables
 
@@ -31,6 +35,13 @@ def list_rows(source: str) -> Iterator[pa.Table]:
 def is_manifest(source: str) -> bool:
     """Whether `source` is a CSV or Parquet file rather than a prefix."""
     return source.lower().endswith((".csv", ".csv.gz", ".parquet")) and storage.stat(source) is not None
+
+
+def base(source: str) -> str:
+    """What the source's keys are relative to: the prefix itself, a manifest's folder, the bucket that an inventory is of."""
+    if is_manifest(source):
+        return source.rpartition("/")[0]
+    return inventory.base(source) if inventory.is_inventory(source) else source
 
 
 def list_prefix(source: str) -> Iterator[pa.Table]:
@@ -51,16 +62,15 @@ def read_manifest(source: str) -> Iterator[pa.Table]:
     A CSV has commas, double quotes and a header. Raises ValueError for a missing ``uri`` column, an empty uri, one of another scheme, or
     one that stands twice.
     """
-    with tempfile.TemporaryDirectory(prefix="dragonclf-manifest-") as folder:
+    with sorting.database() as (db, folder):
         suffix = next(end for end in (".csv", ".csv.gz", ".parquet") if source.lower().endswith(end))
-        path = Path(folder) / f"manifest{suffix}"
-        path.write_bytes(storage.get(source))
-        with duckdb.connect(str(Path(folder) / "sort.db")) as db:
-            try:
-                yield from _sorted_rows(db, source, path)
-            except duckdb.Error as error:
-                reason = " ".join(str(error).split())[:300]
-                raise ValueError(f"cannot read the manifest {source}: {reason}") from error
+        path = folder / f"manifest{suffix}"
+        storage.download(source, path)
+        try:
+            yield from _sorted_rows(db, source, path)
+        except duckdb.Error as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"cannot read the manifest {source}: {reason}") from error
 
 
 def _sorted_rows(db: duckdb.DuckDBPyConnection, source: str, path: Path) -> Iterator[pa.Table]:
@@ -90,9 +100,8 @@ def _sorted_rows(db: duckdb.DuckDBPyConnection, source: str, path: Path) -> Iter
     columns = ", ".join(
         ["uri", f"CAST({known[0]} AS VARCHAR) AS etag", f"CAST({known[1]} AS BIGINT) AS size", *further]
     )
-    for batch in db.sql(f"SELECT {columns} FROM given ORDER BY uri").to_arrow_reader(BATCH_ROWS):  # noqa: S608  quoted names
-        if batch.num_rows:
-            yield pa.Table.from_batches([batch])
+    path.unlink()
+    yield from sorting.sorted_tables(db, columns, "given")
 
 
 def _load(db: duckdb.DuckDBPyConnection, source: str, path: Path) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dragonclf import storage
 from dragonclf.config import ListingConfig
+from dragonclf.data import listing
 from dragonclf.storage import globs
 
 FIELDS = tuple(ListingConfig.model_fields)
@@ -54,7 +54,7 @@ def relative_keys(uris: pa.ChunkedArray | pa.Array, base: str) -> pa.Array:
 
 
 def _matching(tables: Iterator[pa.Table], source: str, config: ListingConfig) -> Iterator[pa.Table]:
-    base = source.rpartition("/")[0] if _is_file(source) else source
+    base = listing.base(source)
     for table in tables:
         keys = relative_keys(table["uri"], base)
         keep = _any_of(config.include, keys) if config.include else pa.array(np.ones(len(keys), dtype=bool))
@@ -108,7 +108,3 @@ def _ranks(uris: list[str], seed: int) -> np.ndarray:
         one.update(uri.encode())
         ranks[place] = int.from_bytes(one.digest(), "little")
     return ranks
-
-
-def _is_file(source: str) -> bool:
-    return source.lower().endswith((".csv", ".csv.gz", ".parquet")) and storage.stat(source) is not None

@@ -25,7 +25,7 @@ from dragonclf.storage.errors import (
 
 __all__ = [
     "AccessDeniedError", "CredentialsError", "ObjectInfo", "ObjectMissingError", "StorageError", "UnconditionalStoreError",
-    "arrow_files", "fetch", "get", "get_if_exists", "is_s3", "join", "keeps_conditions", "list_objects",
+    "arrow_files", "download", "fetch", "get", "get_if_exists", "is_s3", "join", "keeps_conditions", "list_objects",
     "name", "put", "put_if_absent", "put_if_match", "resolve", "stat",
 ]  # fmt: skip
 
@@ -90,6 +90,11 @@ def get_if_exists(uri: str) -> tuple[bytes, str] | None:
         return _store(uri).get(uri)
     except ObjectMissingError:
         return None
+
+
+def download(uri: str, path: Path) -> None:
+    """Copy an object to a local file in constant memory. Raises as `get` does; what was written of the file then stays."""
+    _store(uri).download(uri, path)
 
 
 async def fetch(uri: str) -> tuple[bytes, str]:

@@ -5,9 +5,11 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import stat as modes
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 from dragonclf.storage.errors import (
     AccessDeniedError,
@@ -41,6 +43,11 @@ def get(uri: str, *, last_bytes: int | None = None) -> tuple[bytes, str]:
         if last_bytes is not None:
             file.seek(max(0, info.st_size - last_bytes))
         return file.read(), _etag(info)
+
+
+def download(uri: str, path: Path) -> None:
+    with _errors("read", uri), open(uri, "rb") as source, path.open("wb") as target:
+        shutil.copyfileobj(source, target)
 
 
 async def fetch(uri: str) -> tuple[bytes, str]:

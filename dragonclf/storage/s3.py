@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import boto3
@@ -47,6 +48,7 @@ READ_TIMEOUT_S = 15  # between two bytes of an answer
 FETCH_TIMEOUT_S = 25  # of one image, whole
 RETRY_S = 20  # an operation is begun again for so long, so that it ends within RETRY_S + the timeout of one try
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 5.0
+CHUNK_BYTES = 2**20  # of a download
 PAGE_KEYS = 1000  # of a listing: S3's most
 
 # Known to list in another order than by the keys' bytes: SeaweedFS goes folder by folder, and so do S3's directory buckets.
@@ -127,6 +129,20 @@ def stat(uri: str) -> ObjectInfo | None:
 
 def get(uri: str, *, last_bytes: int | None = None) -> tuple[bytes, str]:
     return _call("read", uri, lambda: _get(uri, last_bytes))
+
+
+def download(uri: str, path: Path) -> None:
+    bucket, key = split(uri)
+    if not key:
+        raise missing("read", uri)
+
+    def copy() -> None:
+        body = _client().get_object(Bucket=bucket, Key=key)["Body"]
+        with path.open("wb") as file:
+            for chunk in body.iter_chunks(CHUNK_BYTES):
+                file.write(chunk)
+
+    _call("read", uri, copy)
 
 
 def put(uri: str, data: bytes) -> None:

@@ -102,9 +102,11 @@ def _stage(config: IndexConfig) -> plan.StagedPlan:
     labels: Counter[str] = Counter()
 
     def rows() -> Iterator[pa.Table]:
-        label = _label_manifest if listing.is_manifest(config.source) else _label_prefix
+        is_manifest, base = listing.is_manifest(config.source), listing.base(config.source)
         for table in selection.select(listing.list_rows(config.source), config.source, config):
-            labelled = label(table, config.source, labels)
+            labelled = (
+                _label_manifest(table, config.source, labels) if is_manifest else _label_prefix(table, base, labels)
+            )
             if labelled.num_rows:
                 yield labelled
 

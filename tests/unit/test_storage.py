@@ -116,6 +116,15 @@ def test_last_bytes(root: str):
     assert storage.get(f"{root}/empty", last_bytes=8) == b""
 
 
+def test_a_download_is_the_object(root: str, tmp_path: Path):
+    data = bytes(range(256)) * 10_000
+    storage.put(f"{root}/in/x", data)
+    storage.download(f"{root}/in/x", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == data
+    with pytest.raises(storage.ObjectMissingError, match=r"cannot read .*/in/none: it does not exist"):
+        storage.download(f"{root}/in/none", tmp_path / "none")
+
+
 def test_a_missing_object(root: str):
     uri = f"{root}/no such.jpg"
     for read in (storage.get, fetch):
