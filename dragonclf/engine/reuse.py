@@ -5,16 +5,13 @@ the two plans. With the same plan (errors are retried) it is every row whose sta
 the row of an object with the same uri and etag.
 """
 
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 
 from dragonclf import storage
-from dragonclf.data import tables
+from dragonclf.data import sorting, tables
 from dragonclf.engine import plan, published
 
 # What may come out otherwise next time; the other statuses are the image's own.
@@ -104,17 +101,14 @@ def write_deleted(run_uri: str, summary: plan.PlanSummary, base_uri: str) -> int
     """List the images of `base_uri` that the run no longer has in ``RUN/deleted.parquet``, sorted. Returns how many. Out of core."""
     base = plan.read_summary(base_uri)
     assert base is not None
-    with (
-        tempfile.TemporaryDirectory(prefix="dragonclf-deleted-") as folder,
-        duckdb.connect(str(Path(folder) / "uris.db")) as db,
-    ):
+    with sorting.database() as (db, folder):
         for name, uri, its_plan in (("earlier", base_uri, base), ("present", run_uri, summary)):
             db.execute(f"CREATE TABLE {name} (uri VARCHAR)")
             for shard in range(its_plan.num_shards):
                 db.register("batch", plan.read_shard(uri, its_plan, shard).select(["uri"]))
                 db.execute(f"INSERT INTO {name} SELECT uri FROM batch")  # noqa: S608  names of our own
                 db.unregister("batch")
-        path = Path(folder) / DELETED
+        path = folder / DELETED
         db.execute(
             f"COPY (SELECT uri FROM earlier ANTI JOIN present USING (uri) ORDER BY uri) TO '{path}' (FORMAT parquet, COMPRESSION zstd)"  # noqa: S608
         )
