@@ -26,7 +26,7 @@ from dragonclf.storage.errors import (
 __all__ = [
     "AccessDeniedError", "CredentialsError", "ObjectInfo", "ObjectMissingError", "StorageError", "UnconditionalStoreError",
     "arrow_files", "download", "fetch", "get", "get_if_exists", "is_s3", "join", "keeps_conditions", "list_objects",
-    "name", "put", "put_if_absent", "put_if_match", "resolve", "stat",
+    "name", "put", "put_file", "put_if_absent", "put_if_match", "resolve", "stat",
 ]  # fmt: skip
 
 MAX_CONFLICTS = 10
@@ -105,6 +105,11 @@ async def fetch(uri: str) -> tuple[bytes, str]:
 def put(uri: str, data: bytes) -> None:
     """Write the object, replacing what is there."""
     _store(uri).put(uri, data)
+
+
+def put_file(uri: str, path: Path) -> None:
+    """Write a local file's content as the object, replacing what is there; in constant memory, whatever its size."""
+    _store(uri).put_file(uri, path)
 
 
 def put_if_absent(uri: str, data: bytes, *, atomic: bool = True) -> bool:

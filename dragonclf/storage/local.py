@@ -4,12 +4,14 @@ import asyncio
 import contextlib
 import errno
 import fcntl
+import io
 import os
 import shutil
 import stat as modes
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from dragonclf.storage.errors import (
     AccessDeniedError,
@@ -55,13 +57,18 @@ async def fetch(uri: str) -> tuple[bytes, str]:
 
 
 def put(uri: str, data: bytes) -> None:
-    with _errors("write", uri), _aside(uri, data) as aside:
+    with _errors("write", uri), _aside(uri, io.BytesIO(data)) as aside:
+        os.replace(aside, uri)
+
+
+def put_file(uri: str, path: Path) -> None:
+    with open(path, "rb") as source, _errors("write", uri), _aside(uri, source) as aside:
         os.replace(aside, uri)
 
 
 def create(uri: str, data: bytes) -> None:
     """Write by a hard link, which fails if the name is taken: PreconditionError."""
-    with _errors("write", uri), _aside(uri, data) as aside:
+    with _errors("write", uri), _aside(uri, io.BytesIO(data)) as aside:
         try:
             os.link(aside, uri)
         except FileExistsError as error:
@@ -78,7 +85,7 @@ def replace(uri: str, data: bytes, *, etag: str) -> None:
             raise missing("write", uri)
         if found.etag != etag:
             raise PreconditionError
-        with _aside(uri, data) as aside:
+        with _aside(uri, io.BytesIO(data)) as aside:
             # Two writes within a tick of the file system's clock must not have one etag.
             before, now = os.stat(uri).st_mtime_ns, os.stat(aside).st_mtime_ns
             os.utime(aside, ns=(now, max(now, before + 1)))
@@ -153,14 +160,14 @@ def _file_info(entry: os.DirEntry[str]) -> os.stat_result | None:
 
 
 @contextlib.contextmanager
-def _aside(uri: str, data: bytes) -> Iterator[str]:
-    """Write `data`, synced, to a hidden file beside `uri`; the caller moves or links it into place."""
+def _aside(uri: str, source: IO[bytes]) -> Iterator[str]:
+    """Write what `source` holds, synced, to a hidden file beside `uri`; the caller moves or links it into place."""
     folder = os.path.dirname(uri)
     os.makedirs(folder, exist_ok=True)
     descriptor, aside = tempfile.mkstemp(prefix=ASIDE, dir=folder)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            shutil.copyfileobj(source, file)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(aside, 0o644)

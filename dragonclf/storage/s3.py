@@ -42,11 +42,13 @@ from dragonclf.storage.parallel_listing import Page
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef
 
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 15  # between two bytes of an answer
 FETCH_TIMEOUT_S = 25  # of one image, whole
 RETRY_S = 20  # an operation is begun again for so long, so that it ends within RETRY_S + the timeout of one try
+PART_BYTES, MAX_PARTS = 16 * 2**20, 10_000  # of a file's upload; S3 takes no more parts
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 5.0
 CHUNK_BYTES = 2**20  # of a download
 PAGE_KEYS = 1000  # of a listing: S3's most
@@ -148,6 +150,43 @@ def download(uri: str, path: Path) -> None:
 def put(uri: str, data: bytes) -> None:
     bucket, key = split(uri)
     _call("write", uri, lambda: _client().put_object(Bucket=bucket, Key=key, Body=data))
+
+
+def put_file(uri: str, path: Path) -> None:
+    """Write in parts, of which each is tried again by itself. The object is there, whole, once the last request is done."""
+    bucket, key = split(uri)
+    num_bytes = path.stat().st_size
+    part_bytes = max(PART_BYTES, -(-num_bytes // MAX_PARTS))
+    if num_bytes <= part_bytes:
+        put(uri, path.read_bytes())
+        return
+    begun = _call("write", uri, lambda: _client().create_multipart_upload(Bucket=bucket, Key=key))
+    upload_id, parts = begun["UploadId"], []
+    try:
+        with open(path, "rb") as file:
+            while data := file.read(part_bytes):
+                parts.append(_put_part(uri, upload_id, len(parts) + 1, data))
+        _call(
+            "write", uri,
+            lambda: _client().complete_multipart_upload(
+                Bucket=bucket, Key=key, UploadId=upload_id, MultipartUpload={"Parts": parts}
+            ),
+        )  # fmt: skip
+    except BaseException:
+        with contextlib.suppress(StorageError):  # the parts of an upload that is not ended are kept, and paid for
+            _call(
+                "write", uri, lambda: _client().abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id)
+            )  # fmt: skip
+        raise
+
+
+def _put_part(uri: str, upload_id: str, number: int, data: bytes) -> "CompletedPartTypeDef":
+    bucket, key = split(uri)
+    done = _call(
+        "write", uri,
+        lambda: _client().upload_part(Bucket=bucket, Key=key, UploadId=upload_id, PartNumber=number, Body=data),
+    )  # fmt: skip
+    return {"PartNumber": number, "ETag": done["ETag"]}
 
 
 def create(uri: str, data: bytes) -> None:

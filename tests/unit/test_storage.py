@@ -145,6 +145,39 @@ def test_put_replaces_and_changes_the_etag(root: str):
     assert (first.etag != second.etag, second.size, storage.get(uri)) == (True, 5, b"three")
 
 
+def test_put_file_replaces_the_object_with_the_files_content(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)  # the least that S3 takes
+    path = tmp_path / "file"
+    for num_bytes in (0, 3, 5 * 2**20, 12 * 2**20 + 1):  # on S3 in 1, 1, 1 and 3 requests
+        content = os.urandom(num_bytes)
+        path.write_bytes(content)
+        storage.put_file(f"{root}/out/x", path)
+        assert storage.get(f"{root}/out/x") == content
+    assert [storage.name(found.uri) for found in storage.list_objects(f"{root}/out")] == ["x"]
+
+
+def test_s3_put_file_that_fails_half_way_changes_nothing(
+    s3_env: LocalS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    uri, path, put_part = "s3://work/half/x", tmp_path / "file", s3._put_part
+    storage.put(uri, b"before")
+    path.write_bytes(os.urandom(11 * 2**20))
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)
+
+    def fail_at_the_second(uri: str, upload_id: str, number: int, data: bytes):
+        if number == 2:
+            raise storage.StorageError("the network is gone")
+        return put_part(uri, upload_id, number, data)
+
+    monkeypatch.setattr(s3, "_put_part", fail_at_the_second)
+    with pytest.raises(storage.StorageError, match="the network is gone"):
+        storage.put_file(uri, path)
+    assert storage.get(uri) == b"before"
+    assert not s3._client().list_multipart_uploads(Bucket="work").get("Uploads")
+
+
 @pytest.mark.parametrize(
     "uri", ["gs://b/x", "http://b/x", "HTTP://b/x", "S3://b/x", "", "s3://", "s3:///key", "file://"]
 )
