@@ -20,8 +20,5 @@ def read_scores(uri: str, *, run: str | None = None) -> ds.Dataset:
         ValueError: nothing is published there, or a part is missing or was changed since.
         StorageError: the store does not answer.
     """
-    uri = storage.resolve(uri)
-    run_uri = published.resolve_run(uri) if run is None else storage.join(uri, "runs", run)
-    parts = published.check_parts(run_uri, published.read_manifest(run_uri))
-    filesystem, paths = storage.arrow_files(parts)
-    return ds.dataset(paths, format="parquet", filesystem=filesystem)
+    run_uri = published.find_run(uri) if run is None else storage.join(storage.resolve(uri), "runs", run)
+    return published.open_rows(run_uri, published.read_manifest(run_uri))

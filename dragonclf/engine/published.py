@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.dataset as ds
 from pydantic import BaseModel, Field
 
 from dragonclf import storage
@@ -85,10 +86,16 @@ def read_latest(out_uri: str) -> str:
     return storage.join(out_uri, "runs", json.loads(found[0])["run"])
 
 
-def resolve_run(uri: str) -> str:
-    """URI of a run: `uri` itself if it is one's, else the newest published one under it. ValueError if there is none."""
-    uri = uri.removesuffix("/")
+def find_run(uri: str) -> str:
+    """URI of the run that a user means: `uri` itself if it is a run's, else the newest published one under it."""
+    uri = storage.resolve(uri).removesuffix("/")
     return uri if uri.rpartition("/")[0].endswith("/runs") else read_latest(uri)
+
+
+def open_rows(run_uri: str, manifest: Manifest) -> ds.Dataset:
+    """The rows of a published run, read lazily, of parts that `check_parts` has seen. ValueError as there."""
+    filesystem, paths = storage.arrow_files(check_parts(run_uri, manifest))
+    return ds.dataset(paths, format="parquet", filesystem=filesystem)
 
 
 def read_parts(run_uri: str, *, columns: list[str] | None = None) -> Iterator[pa.Table]:

@@ -91,12 +91,7 @@ def list_objects(uri: str) -> Iterator[ObjectInfo]:
             "list", uri,
             lambda: _client().list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=PAGE_KEYS, **where),  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
-        entries = []
-        for item in found.get("Contents", []):
-            assert "Key" in item
-            assert "ETag" in item
-            assert "Size" in item
-            entries.append((item["Key"], item["ETag"].strip('"'), item["Size"]))
+        entries = [(item["Key"], item["ETag"].strip('"'), item["Size"]) for item in found.get("Contents", [])]  # pyright: ignore[reportTypedDictNotRequiredAccess]
         server = found["ResponseMetadata"]["HTTPHeaders"].get("server", "")
         return Page(
             entries, found.get("NextContinuationToken") if found.get("IsTruncated") else None,

@@ -35,7 +35,7 @@ def rescore(config: RescoreConfig) -> ScoreSummary:
     loaded = bundle.load_bundle(config.model)
     layout = layout_of(config)
     layout.check(loaded.info.classes, embeddings=False)
-    uri = published.resolve_run(config.features)
+    uri = published.find_run(config.features)
     manifest = published.read_manifest(uri)
     _check(loaded, uri, manifest.spec)
     log.info("rescore: model %s on the embeddings of run %s", loaded.version, manifest.run)
