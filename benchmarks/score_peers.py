@@ -2,12 +2,14 @@
 
     python benchmarks/score_peers.py METHOD MODEL s3://BUCKET/PREFIX NUM_IMAGES OUT
 
-METHOD is ours, plain, ray or daft; MODEL is `mean` (no model: what the host costs) or a bundle's folder. Prints one line of JSON.
-Endpoint and credentials are AWS's own variables. Ray's way is its documentation's example of batch inference on images: read_images, map,
-map_batches with an actor, write_parquet. Daft's is its documentation's: download, decode_image, resize, a class UDF, write_parquet.
+METHOD is ours, plain, plain-bf16, ray or daft; MODEL is `mean` (no model: what the host costs) or a bundle's folder. Prints one line of
+JSON; with a model, OUT.json then has the label of each image. Endpoint and credentials are AWS's own variables. Ray's way is its
+documentation's example of batch inference on images: read_images, map, map_batches with an actor, write_parquet. Daft's is its
+documentation's: download, decode_image, resize, a class UDF, write_parquet.
 """
 
 import asyncio
+import functools
 import json
 import logging
 import os
@@ -24,11 +26,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as F
 
 SIZE, SHORT, BATCH_SIZE = 224, 256, 32
 NUM_CPUS = os.cpu_count() or 1
 Predict = Callable[[np.ndarray], np.ndarray]  # uint8 (B, 3, S, S) to float (B, K)
+Done = tuple[
+    int, Callable[[], dict[str, int]]
+]  # rows written; what tells the label of each key, read after the clock has stopped
 
 
 def mean(pixels: np.ndarray) -> np.ndarray:
@@ -72,20 +78,22 @@ def keys_of(prefix: str) -> list[str]:
     return [entry.get("Key", "") for page in pages for entry in page.get("Contents", [])]
 
 
-def plain(model: str, prefix: str, out: str) -> int:
-    """No framework: obstore's GETs on an event loop, threads that decode, one thread that predicts."""
+def plain(model: str, prefix: str, out: str, *, dtype: torch.dtype = torch.float32) -> Done:
+    """No framework: obstore's GETs on an event loop, threads that decode, one thread that predicts, in channels_last."""
     from obstore.store import S3Store
 
     parts = urllib.parse.urlsplit(prefix)
     endpoint = os.environ["AWS_ENDPOINT_URL"]
     store = S3Store(parts.netloc, endpoint=endpoint, client_options={"allow_http": True})
-    predict = eager(model, channels_last=True)
+    predict = eager(model, channels_last=True, dtype=dtype)
     keys = keys_of(prefix)
     decoders, runner, fetches = ThreadPoolExecutor(NUM_CPUS), ThreadPoolExecutor(1), asyncio.Semaphore(64)
     torch.set_num_threads(1 if model == "mean" else NUM_CPUS)
 
     def decode(data: bytes) -> np.ndarray:
-        return resized(torch.ops.image.decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), 3)).numpy()
+        return resized(
+            decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        ).numpy()
 
     async def one(key: str) -> np.ndarray:
         async with fetches:
@@ -105,10 +113,10 @@ def plain(model: str, prefix: str, out: str) -> int:
 
     probs = asyncio.run(all_batches())
     pq.write_table(pa.table({"key": keys, "prob": list(probs)}), f"{out}.parquet")
-    return len(keys)
+    return len(keys), lambda: dict(zip(keys, probs.argmax(axis=1).tolist(), strict=True))
 
 
-def with_ray(model: str, prefix: str, out: str) -> int:
+def with_ray(model: str, prefix: str, out: str) -> Done:
     import pyarrow.fs
     import ray
 
@@ -117,28 +125,30 @@ def with_ray(model: str, prefix: str, out: str) -> int:
             self.predict = eager(model, channels_last=False)
 
         def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-            return {"prob": self.predict(batch["image"])}
+            return {"prob": self.predict(batch["image"]), "path": batch["path"]}
 
     def transform(row: dict[str, Any]) -> dict[str, Any]:
-        return {"image": resized(torch.from_numpy(row["image"]).permute(2, 0, 1)).numpy()}
+        return {"image": resized(torch.from_numpy(row["image"]).permute(2, 0, 1)).numpy(), "path": row["path"]}
 
     endpoint = urllib.parse.urlsplit(os.environ["AWS_ENDPOINT_URL"])
     filesystem = pyarrow.fs.S3FileSystem(endpoint_override=endpoint.netloc, scheme=endpoint.scheme)
     ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    images = ray.data.read_images(prefix.removeprefix("s3://"), filesystem=filesystem, mode="RGB")
+    images = ray.data.read_images(prefix.removeprefix("s3://"), filesystem=filesystem, mode="RGB", include_paths=True)
     scored = images.map(transform).map_batches(
         Model,
         batch_size=BATCH_SIZE,
         compute=ray.data.ActorPoolStrategy(size=1),  # pyright: ignore[reportCallIssue]
     )
     scored.write_parquet(f"{out}-ray")
-    return ray.data.read_parquet(f"{out}-ray").count()
+    table = pq.read_table(f"{out}-ray")
+    return len(table), lambda: labels(table["path"].to_pylist(), table["prob"].to_pylist())
 
 
-def with_daft(model: str, prefix: str, out: str) -> int:
+def with_daft(model: str, prefix: str, out: str) -> Done:
     import daft  # pyright: ignore[reportMissingImports]
-    from daft.functions import decode_image, download, resize  # pyright: ignore[reportMissingImports]
+    from daft.functions import decode_image as daft_decode  # pyright: ignore[reportMissingImports]
+    from daft.functions import download, resize
     from daft.io import IOConfig, S3Config  # pyright: ignore[reportMissingImports]
 
     store = S3Config(
@@ -158,11 +168,18 @@ def with_daft(model: str, prefix: str, out: str) -> int:
 
     bucket = urllib.parse.urlsplit(prefix).netloc
     frame = daft.from_pydict({"uri": [f"s3://{bucket}/{key}" for key in keys_of(prefix)]})
-    image = resize(decode_image(download(daft.col("uri"), io_config=config), mode="RGB"), SIZE, SIZE)
+    image = resize(daft_decode(download(daft.col("uri"), io_config=config), mode="RGB"), SIZE, SIZE)
     probs = Model(daft.col("image"))  # pyright: ignore[reportCallIssue]  the decorator makes an expression of it
     scored = frame.with_column("image", image).with_column("prob", probs).exclude("image")
     scored.write_parquet(f"{out}-daft")
-    return daft.read_parquet(f"{out}-daft").count_rows()
+    table = pq.read_table(f"{out}-daft")
+    return len(table), lambda: labels(table["uri"].to_pylist(), table["prob"].to_pylist())
+
+
+def labels(uris: list[str], probs: list[Any]) -> dict[str, int]:
+    return {
+        uri.removeprefix("s3://").partition("/")[2]: int(np.argmax(prob)) for uri, prob in zip(uris, probs, strict=True)
+    }
 
 
 @dataclass(frozen=True)
@@ -206,22 +223,35 @@ class MeanWorker:
         )  # fmt: skip
 
 
-def ours(model: str, prefix: str, out: str) -> int:
+def ours(model: str, prefix: str, out: str) -> Done:
     from dragonclf.config import RayConfig, RunConfig, ScoreConfig
     from dragonclf.data import listing
     from dragonclf.engine import job, plan
     from dragonclf.verbs.score import score
 
     if model != "mean":
-        return score(ScoreConfig(model=model, source=prefix, out=f"{out}-ours")).counts["ok"]
+        count = score(ScoreConfig(model=model, source=prefix, out=f"{out}-ours")).counts["ok"]
+        return count, lambda: our_labels(model, f"{out}-ours")
     done = job.run(
         f"{out}-ours", "mean", {}, lambda: plan.stage_plan(listing.list_rows(prefix)), MeanTask(),
         ray_config=RayConfig(), run_config=RunConfig(),
     )  # fmt: skip
-    return done.manifest.counts["ok"]
+    return done.manifest.counts["ok"], dict
 
 
-METHODS: dict[str, Callable[[str, str, str], int]] = {"ours": ours, "plain": plain, "ray": with_ray, "daft": with_daft}
+def our_labels(model: str, out: str) -> dict[str, int]:
+    from dragonclf import read_scores
+    from dragonclf.model import bundle
+
+    classes = bundle.load_bundle(model).info.classes
+    rows = read_scores(out).to_table(columns=["uri", *(f"prob_{name}" for name in classes)]).to_pydict()
+    uris = rows.pop("uri")
+    return labels(uris, list(zip(*rows.values(), strict=True)))
+
+
+METHODS: dict[str, Callable[[str, str, str], Done]] = {
+    "ours": ours, "plain": plain, "plain-bf16": functools.partial(plain, dtype=torch.bfloat16), "ray": with_ray, "daft": with_daft,
+}  # fmt: skip
 
 
 def jpegs(count: int) -> Iterator[bytes]:
@@ -244,9 +274,12 @@ def jpegs(count: int) -> Iterator[bytes]:
 def main() -> None:
     method, model, prefix, num_images, out = sys.argv[1:]
     started = time.perf_counter()
-    count = METHODS[method](model, prefix, out)
+    count, label_of = METHODS[method](model, prefix, out)
+    seconds = time.perf_counter() - started
     assert count == int(num_images), f"{method}: {count} rows for {num_images} images"
-    print(json.dumps({"method": method, "images": count, "seconds": time.perf_counter() - started}), flush=True)
+    print(json.dumps({"method": method, "images": count, "seconds": seconds}), flush=True)
+    if model != "mean":
+        Path(f"{out}.json").write_text(json.dumps(label_of()))
 
 
 if __name__ == "__main__":
