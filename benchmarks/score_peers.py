@@ -148,7 +148,7 @@ def with_ray(model: str, prefix: str, out: str) -> Done:
 def with_daft(model: str, prefix: str, out: str) -> Done:
     import daft  # pyright: ignore[reportMissingImports]
     from daft.functions import decode_image as daft_decode  # pyright: ignore[reportMissingImports]
-    from daft.functions import download, resize
+    from daft.functions import download, resize  # pyright: ignore[reportMissingImports]
     from daft.io import IOConfig, S3Config  # pyright: ignore[reportMissingImports]
 
     store = S3Config(
