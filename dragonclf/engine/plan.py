@@ -21,6 +21,7 @@ from pydantic import BaseModel, Field
 
 from dragonclf import storage
 from dragonclf.data import tables
+from dragonclf.data.digest import RowDigest
 
 MIN_SHARD_IMAGES, MAX_SHARD_IMAGES = 512, 20_000
 MAX_SHARD_BYTES = 4 * 2**30
@@ -35,7 +36,9 @@ SUMMARY = "plan.json"
 class PlanSummary(BaseModel):
     """``plan.json``, written last and never replaced: it chooses the plan, whose files lie in a folder of its own."""
 
-    digest: str = Field(description="SHA-256 over column names and every row of the plan, however it is cut.")
+    digest: str = Field(
+        description="SHA-256 over names and types of the columns and every row of the plan, however it is cut."
+    )
     folder: str = Field(description="Name of the folder with its files: a hash of the rows and of where they are cut.")
     planned_s: float = Field(description="When the listing began, seconds since 1970: orders runs.")
     num_images: int
@@ -72,14 +75,11 @@ def stage_plan(rows: Iterable[pa.Table], *, shard_images: int | None = None) -> 
     """
     started_s = time.time()
     folder = Path(tempfile.mkdtemp(prefix="dragonclf-plan-"))
-    digest = hashlib.sha256()
+    digest = RowDigest()
     shards: list[dict[str, int]] = []
     try:
         for shard in _cut(rows, shard_images):
-            if not shards:
-                digest.update(repr(shard.column_names).encode())
-            for row in zip(*(column.to_pylist() for column in shard.columns), strict=True):
-                digest.update(repr(row).encode())
+            digest.update(shard)
             pq.write_table(shard, folder / f"{len(shards):08d}.parquet", compression="zstd")
             shards.append({"shard": len(shards), "images": shard.num_rows, "bytes": _num_bytes(shard)})
         schema = pa.schema([("shard", pa.int64()), ("images", pa.int64()), ("bytes", pa.int64())])
