@@ -18,10 +18,10 @@ MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter gigabyte of RGB
 class _Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    @field_validator("out", "source", "data", "model", "features", check_fields=False)
+    @field_validator("out", "source", "data", "model", "features", "run_a", "run_b", check_fields=False)
     @classmethod
-    def _resolve(cls, uri: str) -> str:
-        return storage.resolve(uri)
+    def _resolve(cls, uri: str | None) -> str | None:
+        return None if uri is None else storage.resolve(uri)
 
 
 class RayConfig(_Config):
@@ -276,4 +276,21 @@ class PredictConfig(ExecutionConfig, LimitsConfig):
     model: str = Field(description="Model bundle: a folder or s3:// prefix.", json_schema_extra={"positional": True})
     images: list[str] = Field(
         min_length=1, description="Image files or s3:// objects.", json_schema_extra={"positional": True}
+    )
+
+
+class DiffConfig(_Config):
+    """Options of `diff`."""
+
+    run_a: str = Field(
+        description="Published run of `score` or `evaluate`, or the folder given as its --out (its newest).",
+        json_schema_extra={"positional": True},
+    )
+    run_b: str = Field(description="The run to compare with it, likewise.", json_schema_extra={"positional": True})
+    out: str | None = Field(
+        default=None,
+        description="Folder or s3:// prefix for flips.parquet: every image whose label or status changed. None: only the summary.",
+    )
+    movers: int = Field(
+        default=20, ge=0, le=10_000, description="Images to name, of those whose probabilities changed most."
     )

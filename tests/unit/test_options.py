@@ -13,7 +13,8 @@ from dragonclf import config, options
 
 CONFIGS = [
     found for _, found in inspect.getmembers(config, inspect.isclass)
-    if issubclass(found, BaseModel) and found.__name__ in ("IndexConfig", "TrainConfig", "ScoreConfig", "EvaluateConfig", "PredictConfig")
+    if issubclass(found, BaseModel)
+    and found.__name__ in ("IndexConfig", "TrainConfig", "ScoreConfig", "EvaluateConfig", "PredictConfig", "DiffConfig")
 ]  # fmt: skip
 
 
@@ -30,7 +31,7 @@ def app_of(config_type: type[BaseModel], received: list[BaseModel]) -> typer.Typ
 
 
 def test_all_configs_are_here():
-    assert len(CONFIGS) == 5
+    assert len(CONFIGS) == 6
 
 
 @pytest.mark.parametrize("config_type", CONFIGS)
