@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from dragonclf import cli, storage
 from dragonclf.config import DiffConfig
-from dragonclf.engine import inference, lease, plan, published, runs
+from dragonclf.engine import lease, plan, published, runs
+from dragonclf.engine.layout import Layout
 from dragonclf.verbs.diff import DiffSummary, Flip, StatusChange, diff
 
 SCHEMA = pa.schema([("uri", pa.string()), ("etag", pa.string()), ("size", pa.int64())])
@@ -34,16 +35,13 @@ def scored(rows: list[Row], classes: list[str], *, own: dict[str, Any] | None = 
     """The rows as scoring writes them, with the input's own columns after the run's."""
     bad = np.array([row.probs is None for row in rows])
     probs = np.array([row.probs or [0.0] * len(classes) for row in rows], np.float32)
-    best = probs.argmax(axis=1)
     return pa.table(
         {
             "uri": [row.uri for row in rows],
             "etag": pa.array([row.etag for row in rows], pa.string()),
             "status": [row.status for row in rows],
             "error": pa.nulls(len(rows), pa.string()),
-            "label": pa.array([classes[i] for i in best], pa.string(), mask=bad),
-            "confidence": pa.array(probs[np.arange(len(rows)), best], pa.float32(), mask=bad),
-            **inference.prob_columns(classes, probs, bad),
+            **Layout().answers(classes, probs, bad),
             "width": pa.array([8] * len(rows), pa.int32()),
             **{name: [value] * len(rows) for name, value in (own or {}).items()},
         }
