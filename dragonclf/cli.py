@@ -7,6 +7,7 @@ errors than --max-error-rate; 130 or 143 interrupted by Ctrl-C or SIGTERM (likew
 
 import importlib
 import inspect
+import itertools
 import logging
 import signal
 import sys
@@ -20,12 +21,15 @@ import typer
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dragonclf import config, options
 from dragonclf.outcomes import BusyError, TooManyErrorsError
 from dragonclf.storage import StorageError
 
 log = logging.getLogger("dragonclf")
+
+MAX_WIDTH = 10_000  # of a table: URIs are printed whole, and it is the terminal that breaks lines
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,11 @@ VERBS = {
             "rescore", config.RescoreConfig, "dragonclf.verbs.rescore:rescore",
             "Apply a new head to the embeddings that `score --embeddings` wrote. No image is read.",
             "dragonclf rescore s3://work/models/NEW/model s3://work/scores --out s3://work/scores",
+        ),
+        Verb(
+            "diff", config.DiffConfig, "dragonclf.verbs.diff:diff",
+            "Compare two published scoring runs: images, statuses, labels, probabilities.",
+            "dragonclf diff s3://work/scores/runs/3786b5735ccd-00001 s3://work/scores --out changes",
         ),
     )
 }  # fmt: skip
@@ -175,22 +184,36 @@ def _help(verb: Verb) -> str:
 
 
 def _print(summary: BaseModel) -> None:
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, width=MAX_WIDTH)
     for name in type(summary).model_fields:
         value = getattr(summary, name)
         if isinstance(value, list) and value and isinstance(value[0], BaseModel):
-            console.print(_table(value))
+            console.print(f"\n{name.replace('_', ' ')}", highlight=False, markup=False)
+            console.print(_table(value), highlight=False)
         else:
             console.print(f"{name.replace('_', ' '):>18}  {_text(value)}", highlight=False, markup=False)
 
 
 def _table(rows: list[Any]) -> Table:
-    classes = next((list(row.probs) for row in rows if row.probs), [])
-    table = Table("image", "label", *classes, box=None)
-    for row in rows:
-        cells = [f"{row.probs[name]:.4f}" for name in classes] if row.probs else [""] * len(classes)
-        table.add_row(row.uri, row.label or f"{row.status}: {row.error}", *cells)
+    """A column a field, and one a key of a field that is a dict; those that are empty in every row are left out."""
+    cells = [_cells(row) for row in rows]
+    names = [name for name in dict.fromkeys(itertools.chain(*cells)) if any(row.get(name) not in (None, "") for row in cells)]
+    table = Table(box=None)
+    for name in names:
+        is_number = all(isinstance(row.get(name), int | float | None) for row in cells)
+        table.add_column(Text(name.replace("_", " ")), justify="right" if is_number else "left")
+    for row in cells:
+        table.add_row(*(Text("" if row.get(name) is None else _text(row[name])) for name in names))
     return table
+
+
+def _cells(row: BaseModel) -> dict[str, Any]:
+    fields = row.model_dump()
+    return {
+        key: cell
+        for name, value in fields.items()
+        for key, cell in (value.items() if isinstance(value, dict) else [(name, value)])
+    }
 
 
 def _text(value: Any) -> str:
