@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from dragonclf.engine import inference, lease, plan, runs
+from dragonclf.engine import lease, plan, runs
+from dragonclf.engine.layout import Layout
 
 NUM_IMAGES, NUM_CLASSES = 1_000_000, [2, 10]
 SHARD_IMAGES = 20_000
@@ -49,16 +50,13 @@ def publish(out: str, *, num_images: int, num_classes: int, seed: int) -> str:
             uris = plan.read_shard(run.uri, run.plan, shard)["uri"]
             probs = rng.dirichlet(np.full(num_classes, 0.3), len(uris)).astype(np.float32)
             bad = rng.random(len(uris)) < 0.01
-            best = probs.argmax(axis=1)
             table = pa.table(
                 {
                     "uri": uris,
                     "etag": [f"{value:032x}" for value in rng.integers(0, 2, len(uris))],
                     "status": np.where(bad, "unreadable", "ok"),
                     "error": pa.nulls(len(uris), pa.string()),
-                    "label": pa.array([classes[i] for i in best], pa.string(), mask=bad),
-                    "confidence": pa.array(probs[np.arange(len(uris)), best], mask=bad),
-                    **inference.prob_columns(classes, probs, bad),
+                    **Layout().answers(classes, probs, bad),
                     "width": pa.array([640] * len(uris), pa.int32()),
                 }
             )

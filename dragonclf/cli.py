@@ -197,7 +197,9 @@ def _print(summary: BaseModel) -> None:
 def _table(rows: list[Any]) -> Table:
     """A column a field, and one a key of a field that is a dict; those that are empty in every row are left out."""
     cells = [_cells(row) for row in rows]
-    names = [name for name in dict.fromkeys(itertools.chain(*cells)) if any(row.get(name) not in (None, "") for row in cells)]
+    names = [
+        name for name in dict.fromkeys(itertools.chain(*cells)) if any(row.get(name) not in (None, "") for row in cells)
+    ]
     table = Table(box=None)
     for name in names:
         is_number = all(isinstance(row.get(name), int | float | None) for row in cells)
