@@ -6,13 +6,21 @@ botocore makes a Python object of every element: 110 ms for a page of 1,000 keys
 import re
 from typing import Any
 
+from botocore.handlers import BUILTIN_HANDLERS
+
+EVENT = "before-parse.s3.*"
 _OPEN, _CLOSE = b"<Contents>", b"</Contents>"
 _FIELDS = re.compile(r"<(Key|ETag|Size)>([^<]*)</\1>")
 
 
 def register(events: Any) -> None:
     """Let a boto3 client's listings be read by `read_objects`. `events` is ``client.meta.events``."""
-    events.register("before-parse.s3.ListObjectsV2", _before_parse)
+    # One of botocore's own handlers parses the whole answer to see whether it is an error: it comes after ours, to see what is left.
+    own = [handler for event, handler, *_ in BUILTIN_HANDLERS if event == EVENT]
+    for handler in own:
+        events.unregister(EVENT, handler)
+    for handler in (_before_parse, *own):
+        events.register(EVENT, handler)
 
 
 def read_objects(body: bytes) -> tuple[list[dict[str, Any]], bytes] | None:
@@ -46,7 +54,10 @@ def read_objects(body: bytes) -> tuple[list[dict[str, Any]], bytes] | None:
     return objects, body[:start] + body[end:]
 
 
-def _before_parse(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:
-    read = read_objects(response_dict["body"]) if response_dict["status_code"] == 200 else None
+def _before_parse(
+    operation_model: Any, response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any
+) -> None:
+    is_listing = operation_model.name == "ListObjectsV2" and response_dict["status_code"] == 200
+    read = read_objects(response_dict["body"]) if is_listing else None
     if read is not None:
         customized_response_dict["Contents"], response_dict["body"] = read
