@@ -10,6 +10,7 @@ from itertools import pairwise
 MAX_KEY_BYTES = 1024
 DIGITS = 12  # characters of a key, after what its range's keys begin with, that tell where in the range it is
 NUM_PLACES = 64  # characters of a key, after the prefix, for which kinds are kept apart
+FEW_PLACES = 4  # less that keys begin with in common is found by halving
 SAMPLE_KEYS = 16  # of a page: kinds are learned from these
 LAST_CHARACTER, SURROGATES = 0x10FFFF, range(0xD800, 0xE000)
 
@@ -72,7 +73,7 @@ class KeySpace:
         """
         lowest = self._start if end is None else _common(last, end)
         places = range(_common(first, last), lowest - 1, -1)
-        if len(places) < 4:
+        if len(places) < FEW_PLACES or count < 1:
             return []
         places = places[:: max(1, -(-len(places) // count))]
         cuts = [last[:place] + following for place in places if (following := _following(last[place : place + 1]))]
