@@ -126,6 +126,10 @@ def diff(config: DiffConfig) -> DiffSummary:
             raise storage.StorageError(
                 f"cannot compare in {folder}: {first_line(error)}: set TMPDIR to a folder with more room"
             ) from error
+        except RuntimeError as error:  # what DuckDB makes of Ctrl-C and SIGTERM in a query
+            if "interrupted" in str(error):
+                raise KeyboardInterrupt from error
+            raise
 
 
 def _settings(folder: str) -> dict[str, Any]:

@@ -1,11 +1,15 @@
 """What `diff` says of small published runs, against figures computed by hand."""
 
 import json
+import os
+import signal
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +18,7 @@ from typer.testing import CliRunner
 
 from dragonclf import cli, storage
 from dragonclf.config import DiffConfig
-from dragonclf.engine import lease, plan, published, runs
+from dragonclf.engine import lease, pairs, plan, published, runs
 from dragonclf.engine.layout import Layout
 from dragonclf.verbs.diff import DiffSummary, Flip, StatusChange, diff
 
@@ -277,6 +281,22 @@ def test_a_changed_part_and_an_image_that_stands_twice_are_refused(cats: tuple[s
         compare(twice, twice)
     storage.put(f"{cats[0]}/parts/00000001.parquet", b"other")
     with pytest.raises(ValueError, match=r"00000001.parquet was changed since, though the run is published"):
+        compare(*cats)
+
+
+def test_ctrl_c_in_a_query_is_an_interruption(cats: tuple[str, str], monkeypatch: pytest.MonkeyPatch):
+    def join_for_ever(db: duckdb.DuckDBPyConnection, *_: Any):
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        db.execute("SELECT count(*) FROM range(1000000000) AS a, range(1000) AS b WHERE a.range * b.range % 7 = 8")
+
+    monkeypatch.setattr(pairs, "join_runs", join_for_ever)
+    with pytest.raises(KeyboardInterrupt):
+        compare(*cats)
+
+
+def test_a_full_temporary_folder_is_no_bad_request(cats: tuple[str, str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dragonclf.verbs.diff.MEMORY_LIMIT", "1MB")
+    with pytest.raises(storage.StorageError, match=r"cannot compare in .*: set TMPDIR to a folder with more room"):
         compare(*cats)
 
 
