@@ -14,13 +14,14 @@ from typing import Literal
 import duckdb
 import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 
 from dragonclf.engine import published
 from dragonclf.storage import StorageError
 from dragonclf.storage.errors import first_line
 
 COLUMNS = ["uri", "etag", "status", "label", "confidence"]
-BATCH_ROWS, READAHEAD = 8_192, 2
+BATCH_ROWS = 8_192
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def load_run(db: duckdb.DuckDBPyConnection, table: Literal["a", "b"], run_uri: s
     places = [f"p{place}" for place in range(len(prob_columns))]  # class names are not fit for SQL
     probs = "p0" if is_list else f"[{', '.join(places)}]"
     try:
-        for batch in _scan(rows, [*COLUMNS, *prob_columns]):
+        for batch in _read(rows, [*COLUMNS, *prob_columns]):
             db.register("batch", pa.Table.from_batches([batch]).rename_columns([*COLUMNS, *places]))
             db.execute(
                 f"INSERT INTO {table} SELECT {', '.join(COLUMNS)}, CASE WHEN label IS NOT NULL THEN {probs} END FROM batch"  # noqa: S608
@@ -106,10 +107,13 @@ def join_runs(db: duckdb.DuckDBPyConnection, a: Side, b: Side, common: list[tupl
             )
 
 
-def _scan(rows: ds.Dataset, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    return rows.scanner(
-        columns=columns, batch_size=BATCH_ROWS, batch_readahead=READAHEAD, fragment_readahead=READAHEAD
-    ).to_batches()
+def _read(rows: ds.Dataset, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Part by part: the dataset's own scanner reads hundreds of MiB ahead of a slower consumer, whatever its readahead says."""
+    for fragment in rows.get_fragments():
+        assert isinstance(fragment, ds.ParquetFileFragment)
+        with pq.ParquetFile(fragment.path, filesystem=fragment.filesystem, pre_buffer=True) as part:
+            for batch in part.iter_batches(BATCH_ROWS, columns=columns):
+                yield batch.select(columns)  # of columns x and x.y the reader takes both for x
 
 
 def _prob_columns(run_uri: str, verb: str, names: list[str]) -> list[str]:
