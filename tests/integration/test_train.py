@@ -90,8 +90,8 @@ def test_number_of_workers_changes_neither_order_nor_result(data: str, tmp_path:
         "predict", one["model"], str(_first(data, "blue")), str(_first(data, "red")), str(tmp_path / "none.jpg")
     )
     assert seen.returncode == 1  # one image has no prediction; the others have theirs
-    lines = [line.split() for line in seen.stdout.splitlines() if ".jpg" in line or "…" in line]
-    assert [line[1] for line in lines[:2]] == ["blue", "red"]
+    lines = [line.split() for line in seen.stdout.splitlines() if ".jpg" in line]
+    assert [line[1:3] for line in lines[:2]] == [["ok", "blue"], ["ok", "red"]]
     assert "missing" in seen.stdout
 
 
