@@ -301,11 +301,11 @@ def test_control_reads_share_one_time_limit(tmp_path: Path, monkeypatch: pytest.
         raise storage.StorageError(f"cannot read {uri}: it fails")
 
     monkeypatch.setattr(storage, "fetch", hanging)
-    monkeypatch.setattr("dragonclf.engine.fetch.CONTROL_S", 0.5)
+    monkeypatch.setattr("dragonclf.engine.fetch.CONTROL_S", 2.0)
     started_s = time.monotonic()
     with pytest.raises(storage.StorageError, match="it fails; no other image there"):
         pipeline_of(NumberWorker(), 2, elsewhere=uris[:8]).process(plan_of(uris[8:]))
-    assert time.monotonic() - started_s < 3
+    assert time.monotonic() - started_s < 10  # one after the other they would take 16 s
 
 
 def test_a_replaced_object_is_scored_as_it_is_and_says_so(tmp_path: Path):
