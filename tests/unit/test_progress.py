@@ -8,13 +8,25 @@ from dragonclf import progress
 from dragonclf.busy import Busy
 
 
-def test_the_line_tells_rates_what_is_left_what_failed_and_who_is_busy(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
-    monkeypatch.setattr(progress.log, "propagate", True)
+class Lines(logging.Handler):
+    """What is logged; other tests may have left handlers of their own on the logger."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def test_the_line_tells_rates_what_is_left_what_failed_and_who_is_busy(monkeypatch: pytest.MonkeyPatch):
+    lines = Lines()
+    for name, value in (("handlers", [lines]), ("propagate", False), ("level", logging.INFO)):
+        monkeypatch.setattr(progress.log, name, value)
+    progress.log.setLevel(logging.INFO)  # which also forgets what was decided about the level before
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
-    with caplog.at_level(logging.INFO, "dragonclf"), progress.images("score", 2000) as tally:
+    with progress.images("score", 2000) as tally:
         now = 1.0
         tally.add(900)  # done before: no part of a rate
         now = 10.0
@@ -25,7 +37,7 @@ def test_the_line_tells_rates_what_is_left_what_failed_and_who_is_busy(
         tally.add(200, read=100, counts={"ok": 200})  # half of them kept of an earlier run
         now = 20.0
         tally.add(800, read=800, counts={"ok": 800}, busy=Busy(wall_s=10, threads_s=40, decode_s=40, fetch_s=90))
-    assert caplog.messages == [
+    assert lines.messages == [
         "score: 1,000 of 2,000 images, 10/s now, 10/s overall, 100 s left (3 missing) [decode 50%, model 25%, 0 GETs a worker]".replace(
             "100 s", "2 min"
         ),
