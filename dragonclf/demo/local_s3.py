@@ -49,16 +49,18 @@ class LocalS3:
         return f"http://127.0.0.1:{self._ports[0]}"
 
     def __enter__(self) -> "LocalS3":
-        for tries_left in reversed(range(MAX_STARTS)):
-            try:
-                self.start()
-                break
-            except BaseException as error:
-                if not (tries_left and isinstance(error, RuntimeError)):
-                    self.__exit__(None, None, None)
-                    raise
-                self.stop()
-                self._ports = _free_ports(5)
+        with contextlib.ExitStack() as if_it_fails:
+            if_it_fails.callback(self.__exit__, None, None, None)
+            for tries_left in reversed(range(MAX_STARTS)):
+                try:
+                    self.start()
+                    break
+                except RuntimeError:
+                    if not tries_left:
+                        raise
+                    self.stop()
+                    self._ports = _free_ports(5)
+            if_it_fails.pop_all()
         return self
 
     def __exit__(

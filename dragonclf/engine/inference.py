@@ -1,5 +1,6 @@
 """The two image jobs that run a model: probabilities from a bundle (scoring), features from a backbone (precompute)."""
 
+import abc
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from dragonclf.model.predictor import Execution, Predictor, softmax
 
 
 @dataclass(frozen=True)
-class _InferenceTask:
+class _InferenceTask(abc.ABC):
     execution: Execution
     batch_size: int
     limits: Limits
@@ -25,8 +26,9 @@ class _InferenceTask:
     def uses_gpu(self) -> bool:
         return self.execution.device == "cuda"
 
+    @abc.abstractmethod
     def open(self, num_threads: int) -> Worker:
-        raise NotImplementedError
+        """Load the model."""
 
     def work(self, run: runs.Run, num_threads: int, max_bytes: int) -> ImageWork:
         return ImageWork(run, self, num_threads, max_bytes)

@@ -113,5 +113,5 @@ def write_deleted(run_uri: str, summary: plan.PlanSummary, base_uri: str) -> int
             f"COPY (SELECT uri FROM earlier ANTI JOIN present USING (uri) ORDER BY uri) TO '{path}' (FORMAT parquet, COMPRESSION zstd)"  # noqa: S608
         )
         [(count,)] = db.execute(f"SELECT count(*) FROM '{path}'").fetchall()  # noqa: S608
-        storage.put(storage.join(run_uri, DELETED), path.read_bytes())
+        storage.put_file(storage.join(run_uri, DELETED), path)
     return count
