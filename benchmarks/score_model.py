@@ -28,7 +28,7 @@ from dragonclf import storage
 from dragonclf.data import images
 from dragonclf.demo.local_s3 import LocalS3
 from dragonclf.model import bundle
-from dragonclf.model.predictor import Execution
+from dragonclf.model.execution import Execution
 from dragonclf.storage import s3
 
 FEW = 200

@@ -2,7 +2,8 @@
 
 Exit codes: 0 done; 1 done, with images that could not be predicted; 2 the request is wrong (the message says what and how to mend it);
 3 storage, network, credentials, disk or workers failed (the same command resumes); 4 another driver is at work on it; 5 done, with more
-errors than --max-error-rate; 130 or 143 interrupted by Ctrl-C or SIGTERM (likewise).
+errors than --max-error-rate; 6 refused: what was to be proven does not hold; 130 or 143
+interrupted by Ctrl-C or SIGTERM (likewise).
 """
 
 import importlib
@@ -24,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dragonclf import config, options
-from dragonclf.outcomes import BusyError, TooManyErrorsError
+from dragonclf.outcomes import BusyError, RefusedError, TooManyErrorsError
 from dragonclf.storage import StorageError
 
 log = logging.getLogger("dragonclf")
@@ -77,6 +78,11 @@ VERBS = {
             "dragonclf rescore s3://work/models/NEW/model s3://work/scores --out s3://work/scores",
         ),
         Verb(
+            "export", config.ExportConfig, "dragonclf.verbs.export:export",
+            "Prove that a model may be run in a lower precision on this class of processor, or refuse it with the figures.",
+            "dragonclf export s3://work/models/RUN/model s3://work/dragons --precision int8",
+        ),
+        Verb(
             "diff", config.DiffConfig, "dragonclf.verbs.diff:diff",
             "Compare two published scoring runs: images, statuses, labels, probabilities.",
             "dragonclf diff s3://work/scores/runs/3786b5735ccd-00001 s3://work/scores --out changes",
@@ -117,9 +123,9 @@ def report_errors(action: Callable[[], int], *, debug: bool) -> int:
         text = options.explain(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
         typer.echo(f"dragonclf: error: {text}", err=True)
         return 3 if isinstance(error, StorageError) else 2
-    except (BusyError, TooManyErrorsError) as error:
+    except (BusyError, TooManyErrorsError, RefusedError) as error:
         typer.echo(f"dragonclf: {error}", err=True)
-        return 4 if isinstance(error, BusyError) else 5
+        return {BusyError: 4, TooManyErrorsError: 5, RefusedError: 6}[type(error)]
     except OSError as error:  # this machine's: a full disk, no file descriptors
         if debug:
             raise

@@ -128,11 +128,18 @@ class ExecutionConfig(_Config):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: the GPU if the cluster has one, else the CPU."
     )
-    precision: str = Field(
-        default="f32", description="Arithmetic of the model. Only f32 is admitted: it equals training."
-    )
     batch_size: int = Field(
         default=32, ge=1, description="Images per forward pass. Changes speed and memory, not results."
+    )
+
+
+class PrecisionConfig(_Config):
+    """How exactly a model is run."""
+
+    precision: Literal["auto", "f32", "bf16", "fp16", "int8"] = Field(
+        default="f32",
+        description="Arithmetic of the model's body. f32 equals training; a lower one must have been proven by `export`, on this class of "
+        "processor. auto: the fastest proven one, else f32.",
     )
 
 
@@ -151,7 +158,7 @@ class IndexConfig(RayConfig, ListingConfig, LimitsConfig, ReadingConfig):
     seed: int = Field(default=0, ge=0, description="Draws the validation images.")
 
 
-class ScoringConfig(RayConfig, LimitsConfig, ExecutionConfig, ReadingConfig):
+class ScoringConfig(RayConfig, LimitsConfig, ExecutionConfig, PrecisionConfig, ReadingConfig):
     """What all that score images share."""
 
     model: str = Field(description="Model bundle: a folder or s3:// prefix.", json_schema_extra={"positional": True})
@@ -270,12 +277,27 @@ class TrainConfig(RayConfig, ExecutionConfig, ReadingConfig):
     )
 
 
-class PredictConfig(ExecutionConfig, LimitsConfig):
+class PredictConfig(ExecutionConfig, PrecisionConfig, LimitsConfig):
     """Options of `predict`."""
 
     model: str = Field(description="Model bundle: a folder or s3:// prefix.", json_schema_extra={"positional": True})
     images: list[str] = Field(
         min_length=1, description="Image files or s3:// objects.", json_schema_extra={"positional": True}
+    )
+
+
+class ExportConfig(ExecutionConfig):
+    """Options of `export`."""
+
+    model: str = Field(description="Model bundle: a folder or s3:// prefix.", json_schema_extra={"positional": True})
+    data: str = Field(
+        description="Snapshot with validation images to prove it on, or the folder that `index` wrote (its newest).",
+        json_schema_extra={"positional": True},
+    )
+    precision: Literal["bf16", "fp16", "int8"] = Field(description="What to prove.")
+    images: int = Field(default=5_000, ge=1, description="Validation images to compare, at most.")
+    calibration_images: int = Field(
+        default=300, ge=32, le=5_000, description="Training images that set int8's ranges, at most."
     )
 
 

@@ -5,5 +5,9 @@ class BusyError(Exception):
     """Another driver is at work on the same output, or took it over."""
 
 
+class RefusedError(Exception):
+    """What was to be proven does not hold: nothing is changed."""
+
+
 class TooManyErrorsError(Exception):
     """A run is published, and more of its rows are errors than was allowed: it is not the one that readers get by default."""

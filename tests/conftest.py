@@ -12,6 +12,14 @@ from dragonclf.demo.local_s3 import LocalS3
 from dragonclf.storage import s3
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Converted models are kept for the tests alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[LocalS3]:
     """A SeaweedFS with buckets `photos` and `work`. Use `s3_env` to point this process at it."""

@@ -13,7 +13,8 @@ from dragonclf.engine.image_work import ImageWork
 from dragonclf.engine.layout import FEATURES, Layout, lists
 from dragonclf.engine.pipeline import Limits, ShardResult, Worker
 from dragonclf.model import bundle, zoo
-from dragonclf.model.predictor import Execution, Predictor, softmax
+from dragonclf.model.execution import Execution
+from dragonclf.model.predictor import Predictor, softmax
 
 
 @dataclass(frozen=True)

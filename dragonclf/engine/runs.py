@@ -164,13 +164,17 @@ def begin_shard(run: Run, shard: int) -> int:
 def write_part(run: Run, shard: int, table: pa.Table, *, num_kept: int = 0) -> PartFacts:
     """Store a shard's rows, `num_kept` of them an earlier run's, unless its part is there already. Returns what the part's footer tells.
 
-    The footer names run and shard; a part of another driver is accepted only if they fit.
+    The footer names run and shard, and holds the run's spec (model, transform, precision...); a part of another driver is accepted only
+    if they fit.
     """
     uris = table["uri"].to_pylist()
     facts = PartFacts(
         counts=Counter(table["status"].to_pylist()), first_uri=min(uris), last_uri=max(uris), num_kept=num_kept
     )
-    metadata = {"dragonclf.run": run.name, "dragonclf.shard": str(shard), "dragonclf.facts": facts.model_dump_json()}
+    metadata = {
+        "dragonclf.run": run.name, "dragonclf.shard": str(shard), "dragonclf.facts": facts.model_dump_json(),
+        "dragonclf.spec": json.dumps(run.spec),
+    }  # fmt: skip
     uri = run.part_uri(shard)
     if storage.put_if_absent(uri, tables.encode(table, metadata=metadata), atomic=run.atomic):
         return facts

@@ -25,7 +25,9 @@ from torch import nn
 from dragonclf import storage
 from dragonclf.data.images import ImageError, decode
 from dragonclf.data.transforms import Transform
-from dragonclf.model.predictor import Execution, Predictor
+from dragonclf.model import precision
+from dragonclf.model.execution import Execution
+from dragonclf.model.predictor import Predictor
 from dragonclf.storage.errors import first_line
 
 WEIGHTS, EXPECTED, CARD, INFO = "model.safetensors", "canaries/expected.safetensors", "README.md", "model.json"
@@ -107,7 +109,7 @@ def save_bundle(
     info = BundleInfo(
         format=1, arch=arch, classes=list(classes), transform=transform, pretrained=pretrained, snapshot=snapshot,
         config=config, metrics=metrics, logit_bounds={"torch/f32": bound, "openvino/f32": bound}, num_canaries=len(canaries),
-        created=datetime.now(UTC).isoformat(timespec="seconds"), versions=_versions(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"), versions=versions(),
         files={name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     )  # fmt: skip
     if storage.stat(storage.join(uri, INFO)):
@@ -152,12 +154,21 @@ def load_bundle(uri: str) -> Bundle:
 
 
 def open_predictor(bundle: Bundle, execution: Execution, *, batch_size: int = 32, num_threads: int = 1) -> Predictor:
-    """Return a predictor that has just reproduced the bundle's canaries, or raise ValueError saying by how much it missed."""
-    bound = bundle.info.logit_bounds.get(execution.key)
-    if bound is None:
-        raise ValueError(
-            f"the bundle at {bundle.uri} does not admit {execution.key}: it admits {', '.join(bundle.info.logit_bounds)}"
-        )
+    """Return a predictor that has just reproduced the bundle's canaries, or raise ValueError saying by how much it missed.
+
+    A low precision also needs its proof: `precision.find`.
+    """
+    quantized = None
+    if execution.precision == "f32":
+        bound = bundle.info.logit_bounds.get(execution.key)
+        if bound is None:
+            raise ValueError(
+                f"the bundle at {bundle.uri} does not admit {execution.key}: it admits {', '.join(bundle.info.logit_bounds)}"
+            )
+    else:
+        admission = precision.find(bundle.uri, bundle.version, execution)
+        bound = admission.logit_bound
+        quantized = precision.open_quantized(bundle.uri, admission) if execution.precision == "int8" else None
     transform = bundle.info.transform
     for index, (image, wanted) in enumerate(zip(bundle.canary_images, bundle.canary_pixels, strict=True)):
         try:
@@ -170,7 +181,10 @@ def open_predictor(bundle: Bundle, execution: Execution, *, batch_size: int = 32
                 f"canary {index} of {bundle.uri} decodes to other pixels here: {missed:.2f} levels apart on average, "
                 f"{PIXEL_BOUND} allowed: install the package versions named in its {INFO}"
             )
-    predictor = Predictor(bundle.model, transform, execution, batch_size=batch_size, num_threads=num_threads)
+    predictor = Predictor(
+        bundle.model, transform, execution, batch_size=batch_size, num_threads=num_threads, quantized=quantized,
+        cache_key=bundle.version,
+    )  # fmt: skip
     logits = np.concatenate([predictor(bundle.canary_pixels[i : i + 1])[0] for i in range(bundle.info.num_canaries)])
     missed = float(np.abs(logits - bundle.canary_logits).max())
     if not missed <= bound:
@@ -198,7 +212,8 @@ def _checked(uri: str, name: str, info: BundleInfo) -> bytes:
     return data
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python and the packages that a model's results depend on."""
     packages = ("dragonclf", "torch", "torchvision", "timm", "pillow", "numpy")
     return {"python": platform.python_version()} | {
         package: importlib.metadata.version(package) for package in packages

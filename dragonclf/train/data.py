@@ -44,7 +44,7 @@ class Features:
             table = table.filter(pc.field("split") == split)
             column = table["features"].combine_chunks()
             features.append(torch.from_numpy(column.flatten().to_numpy().reshape(len(column), -1).copy()))
-            targets.append(_targets(table, classes))
+            targets.append(_targets(table["label"].to_pylist(), classes))
         self.features, self.targets = torch.cat(features), torch.cat(targets)
 
     def __len__(self) -> int:
@@ -57,17 +57,33 @@ class Features:
 
 
 class Images:
-    """Images of one split, read from storage when their turn comes, decoded and augmented in threads: uint8 (N, 3, S, S).
+    """Images read from storage when their turn comes, decoded and augmented in threads: uint8 (N, 3, S, S).
 
-    `seed` draws the augmentation of the training split; None means the evaluation transform.
+    `seed` draws the augmentation of training images; None means the evaluation transform.
     """
 
-    def __init__(self, snapshot: Snapshot, split: str, transform: Transform, *, seed: int | None, num_threads: int):
-        table = pa.concat_tables(read_rows(snapshot, splits=[split], columns=["uri", "label"]))
-        self._uris: list[str] = table["uri"].to_pylist()
-        self._targets = _targets(table, snapshot.info.classes)
+    def __init__(
+        self,
+        uris: list[str],
+        labels: list[str],
+        classes: list[str],
+        transform: Transform,
+        *,
+        seed: int | None,
+        num_threads: int,
+    ):
+        self._uris, self._targets = uris, _targets(labels, classes)
         self._transform, self._seed = transform, seed
         self._pool = ThreadPoolExecutor(num_threads, "decode")
+
+    @classmethod
+    def of_split(
+        cls, snapshot: Snapshot, split: str, transform: Transform, *, seed: int | None, num_threads: int
+    ) -> "Images":
+        """All of a snapshot's split."""
+        table = pa.concat_tables(read_rows(snapshot, splits=[split], columns=["uri", "label"]))
+        uris, labels = (table[name].to_pylist() for name in ("uri", "label"))
+        return cls(uris, labels, snapshot.info.classes, transform, seed=seed, num_threads=num_threads)
 
     def __len__(self) -> int:
         return len(self._uris)
@@ -95,9 +111,9 @@ class Images:
         return self._transform.for_train(image, seed=self._seed, epoch=epoch, sample=sample)
 
 
-def _targets(table: pa.Table, classes: list[str]) -> torch.Tensor:
+def _targets(labels: list[str], classes: list[str]) -> torch.Tensor:
     index = {name: i for i, name in enumerate(classes)}
-    return torch.tensor([index[label] for label in table["label"].to_pylist()], dtype=torch.int64)
+    return torch.tensor([index[label] for label in labels], dtype=torch.int64)
 
 
 def _refuse_lost(table: pa.Table) -> None:

@@ -69,7 +69,7 @@ def _images_job(job: TrainJob) -> tuple[nn.Module, Samples, Samples]:
     model = load_backbone(job)
     transform = zoo.transform_for(model, size=job.size)
     train, valid = (
-        Images(job.snapshot, split, transform, seed=seed, num_threads=job.num_threads)
+        Images.of_split(job.snapshot, split, transform, seed=seed, num_threads=job.num_threads)
         for split, seed in (("train", job.recipe.seed), ("valid", None))
     )
     return Network(model, transform), train, valid

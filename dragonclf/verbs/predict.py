@@ -7,8 +7,9 @@ from pydantic import BaseModel, Field
 from dragonclf import storage
 from dragonclf.config import PredictConfig
 from dragonclf.data import images
-from dragonclf.model import bundle
-from dragonclf.model.predictor import resolve_execution, softmax
+from dragonclf.model import bundle, precision
+from dragonclf.model.execution import resolve_execution
+from dragonclf.model.predictor import softmax
 
 
 class Prediction(BaseModel):
@@ -37,7 +38,8 @@ class PredictSummary(BaseModel):
 def predict(config: PredictConfig) -> PredictSummary:
     """Return a prediction for each image, with a status for those that have none. ValueError or StorageError as for any bundle."""
     loaded = bundle.load_bundle(config.model)
-    execution = resolve_execution(config.runtime, config.device, config.precision, has_gpu=torch.cuda.is_available())
+    f32 = resolve_execution(config.runtime, config.device, "f32", has_gpu=torch.cuda.is_available())
+    execution = precision.choose(loaded.uri, loaded.version, f32, config.precision)
     batch_size = min(config.batch_size, len(config.images))
     predictor = bundle.open_predictor(loaded, execution, batch_size=batch_size, num_threads=torch.get_num_threads())
     rows = [Prediction(uri=uri, status="ok") for uri in map(storage.resolve, config.images)]

@@ -13,8 +13,8 @@ from dragonclf.data import listing, selection
 from dragonclf.engine import inference, job, plan, runs
 from dragonclf.engine.layout import Layout
 from dragonclf.engine.pipeline import Limits
-from dragonclf.model import bundle, zoo
-from dragonclf.model.predictor import resolve_execution
+from dragonclf.model import bundle, precision, zoo
+from dragonclf.model.execution import resolve_execution
 
 log = logging.getLogger("dragonclf")
 
@@ -70,9 +70,12 @@ def score_rows(
 ) -> ScoreSummary:
     """Score the planned `rows` with a loaded bundle under `config.out`; `input_id` tells their origin in the run's spec."""
     layout.check(loaded.info.classes, embeddings=embeddings)
-    execution = resolve_execution(
-        config.runtime, config.device, config.precision, has_gpu=session.has_gpu(config.address)
-    )  # fmt: skip
+    f32 = resolve_execution(config.runtime, config.device, "f32", has_gpu=session.has_gpu(config.address))
+    execution = precision.choose(loaded.uri, loaded.version, f32, config.precision)
+    if embeddings and execution.precision != "f32":
+        raise ValueError(
+            f"--embeddings are kept in f32 only, and the precision is {execution.precision}: use --precision f32"
+        )
     limits = Limits(config.max_image_bytes, config.max_pixels, config.max_image_s)
     spec = {
         "model": loaded.version, "transform": loaded.info.transform.digest, "execution": execution.model_dump(),

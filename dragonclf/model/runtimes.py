@@ -1,0 +1,142 @@
+"""The runtimes that compute a network's features, each for batches of one size: torch and OpenVINO."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    import openvino
+
+log = logging.getLogger("dragonclf")
+
+Forward = Callable[[np.ndarray], np.ndarray]  # uint8 (B, 3, S, S) to float32 (B, F)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Without the hint OpenVINO runs in bf16 where the CPU has it, which changed 4 % of labels in measurements.
+F32 = {"INFERENCE_PRECISION_HINT": "f32"}
+IR = "model.xml"  # OpenVINO's format, with the weights in model.bin
+MAX_CACHED = 8  # converted models, the least recently used of which goes
+
+
+def on_torch(body: nn.Module, device: str, precision: str, *, num_threads: int) -> Forward:
+    """In a low precision, torch's autocast decides what stays in f32."""
+    torch.set_num_threads(num_threads)
+    torch.backends.cudnn.allow_tf32 = False  # f32 means f32, on every GPU
+    body = body.to(device).to(memory_format=torch.channels_last)
+    pinned = device == "cuda"  # what is not can only be copied while the CPU waits
+
+    @torch.inference_mode()
+    def forward(pixels: np.ndarray) -> np.ndarray:
+        batch = torch.from_numpy(pixels)
+        batch = (batch.pin_memory() if pinned else batch).to(
+            device, memory_format=torch.channels_last, non_blocking=pinned
+        )
+        with torch.autocast(device, dtype=DTYPES.get(precision), enabled=precision in DTYPES):
+            features = body(batch)
+        return features.float().cpu().numpy()
+
+    return forward
+
+
+def on_openvino(model: "openvino.Model", precision: str, batch_size: int, *, num_threads: int) -> Forward:
+    """`precision` is of all that the model itself does not say: f32 for one that is quantized."""
+    import openvino
+
+    core = openvino.Core()
+    if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise ValueError("OpenVINO has no bf16 on this processor: use --precision f32, or int8 where it is admitted")
+    model.reshape([batch_size, *model.input(0).get_partial_shape()[1:]])
+    compiled = core.compile_model(
+        model,
+        "CPU",
+        {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": num_threads},
+    )
+    request = compiled.create_infer_request()
+
+    def forward(pixels: np.ndarray) -> np.ndarray:
+        request.infer([pixels], share_inputs=True)
+        return request.get_output_tensor(0).data.copy()
+
+    return forward
+
+
+def convert(body: nn.Module, size: int) -> "openvino.Model":
+    """Bring a network to OpenVINO, for any number of images of `size` pixels."""
+    import openvino
+
+    # By way of a file, also where it is not kept: what was read from one adds in another order than what was just traced.
+    with tempfile.TemporaryDirectory(prefix="dragonclf-model-") as folder:
+        _save(body, size, Path(folder))
+        return openvino.Core().read_model(Path(folder) / IR)
+
+
+def convert_cached(body: nn.Module, size: int, key: str) -> "openvino.Model":
+    """`convert`, kept on this machine under `key`, which must tell networks apart: tracing takes longer than all else that opens one."""
+    import openvino
+
+    versions = [importlib.metadata.version(package) for package in ("openvino", "torch", "timm", "dragonclf")]
+    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dragonclf" / "openvino"
+    kept = folder / hashlib.sha256(repr((key, size, versions)).encode()).hexdigest()
+    try:
+        if (kept / IR).exists():
+            os.utime(kept)
+        else:
+            _keep(body, size, kept)
+        return openvino.Core().read_model(kept / IR)
+    except (OSError, RuntimeError) as error:  # OpenVINO raises the latter, for a full disk too
+        log.info("%s cannot keep converted models (%s): each process converts its own", folder, error)
+        return convert(body, size)
+
+
+def _keep(body: nn.Module, size: int, kept: Path) -> None:
+    folder = kept.parent
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="new-") as made:
+        whole = Path(made) / "whole"
+        whole.mkdir()
+        _save(body, size, whole)
+        with contextlib.suppress(OSError):  # another process was faster
+            whole.rename(kept)
+    for stale in sorted(folder.glob("[0-9a-f]*"), key=lambda path: path.stat().st_mtime)[:-MAX_CACHED]:
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def _save(body: nn.Module, size: int, folder: Path) -> None:
+    pixels = torch.zeros((1, 3, size, size), dtype=torch.uint8)
+    with without_telemetry(), warnings.catch_warnings(), torch.inference_mode():
+        import openvino
+
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # of torch.jit; tracing without its own check takes 1 s, torch.export 4 s
+        traced = torch.jit.trace(body, pixels, check_trace=False)
+        model = openvino.convert_model(traced, input=[[-1, 3, size, size]])
+        model.output(0).set_names({"features"})
+        openvino.save_model(model, folder / IR, compress_to_fp16=False)
+
+
+@contextlib.contextmanager
+def without_telemetry() -> Iterator[None]:
+    """OpenVINO's tools report their use over the network unless their telemetry module cannot be imported."""
+    absent = object()
+    before = sys.modules.get("openvino_telemetry", absent)
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if before is absent:
+            del sys.modules["openvino_telemetry"]
+        else:
+            sys.modules["openvino_telemetry"] = before  # type: ignore[assignment]
