@@ -2,8 +2,8 @@
 
 Exit codes: 0 done; 1 done, with images that could not be predicted; 2 the request is wrong (the message says what and how to mend it);
 3 storage, network, credentials, disk or workers failed (the same command resumes); 4 another driver is at work on it; 5 done, with more
-errors than --max-error-rate; 6 refused: what was to be proven does not hold; 130 or 143
-interrupted by Ctrl-C or SIGTERM (likewise).
+errors than --max-error-rate; 6 refused: what was to be proven does not hold; 7 stopped at --max-hours or --max-cost (likewise); 130 or
+143 interrupted by Ctrl-C or SIGTERM (likewise).
 """
 
 import importlib
@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dragonclf import config, options
-from dragonclf.outcomes import BusyError, RefusedError, TooManyErrorsError
+from dragonclf.outcomes import BudgetSpentError, BusyError, RefusedError, TooManyErrorsError
 from dragonclf.storage import StorageError
 
 log = logging.getLogger("dragonclf")
@@ -68,7 +68,7 @@ VERBS = {
             "dragonclf predict s3://work/models/RUN/model drogon.jpg viserion.jpg",
         ),
         Verb(
-            "score", config.ScoreConfig, "dragonclf.verbs.score:score",
+            "score", config.ScoreCommandConfig, "dragonclf.verbs.estimate:score_or_estimate",
             "Write a row of probabilities for every object under a prefix. The same command resumes, or does nothing if all is done.",
             "dragonclf score s3://work/models/RUN/model s3://photos/new --out s3://work/scores",
         ),
@@ -123,9 +123,9 @@ def report_errors(action: Callable[[], int], *, debug: bool) -> int:
         text = options.explain(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
         typer.echo(f"dragonclf: error: {text}", err=True)
         return 3 if isinstance(error, StorageError) else 2
-    except (BusyError, TooManyErrorsError, RefusedError) as error:
+    except (BusyError, TooManyErrorsError, RefusedError, BudgetSpentError) as error:
         typer.echo(f"dragonclf: {error}", err=True)
-        return {BusyError: 4, TooManyErrorsError: 5, RefusedError: 6}[type(error)]
+        return {BusyError: 4, TooManyErrorsError: 5, RefusedError: 6, BudgetSpentError: 7}[type(error)]
     except OSError as error:  # this machine's: a full disk, no file descriptors
         if debug:
             raise

@@ -185,7 +185,31 @@ class LayoutConfig(_Config):
     )
 
 
-class ScoreConfig(ScoringConfig, ListingConfig, LayoutConfig):
+class BudgetConfig(_Config):
+    """How much a command may take."""
+
+    price_per_worker_hour: float | None = Field(
+        default=None, ge=0, description="What an hour of one worker costs, in any currency."
+    )
+    max_hours: float | None = Field(
+        default=None,
+        gt=0,
+        description="Stop when the command has taken so long (exit code 7). The same command goes on where it stopped.",
+    )
+    max_cost: float | None = Field(
+        default=None,
+        gt=0,
+        description="Stop when this command's workers have cost so much, by --price-per-worker-hour, likewise.",
+    )
+
+    @model_validator(mode="after")
+    def _check_price(self) -> "BudgetConfig":
+        if self.max_cost is not None and not self.price_per_worker_hour:
+            raise ValueError("--max-cost needs --price-per-worker-hour, above 0")
+        return self
+
+
+class ScoreConfig(ScoringConfig, ListingConfig, LayoutConfig, BudgetConfig):
     """Options of `score`."""
 
     source: str = Field(
@@ -201,6 +225,15 @@ class ScoreConfig(ScoringConfig, ListingConfig, LayoutConfig):
     )
     embeddings: bool = Field(
         default=False, description="Also write what the head sees of each image (column features), for `rescore`."
+    )
+
+
+class ScoreCommandConfig(ScoreConfig):
+    """Options of `score` on the command line."""
+
+    estimate: bool = Field(
+        default=False,
+        description="Write nothing: score a sample and print what it all would take and cost.",
     )
 
 

@@ -17,6 +17,7 @@ from ray.util.annotations import RayDeprecationWarning
 from dragonclf import storage
 from dragonclf.engine import lease, plan, reuse, runs
 from dragonclf.engine.actor import ShardActor, ShardDone, Task
+from dragonclf.engine.budget import Budget
 from dragonclf.engine.published import Manifest
 
 MAX_CPUS_PER_ACTOR = 8
@@ -36,12 +37,14 @@ def execute(
     num_actors: int | None = None,
     cpus_per_actor: int | None = None,
     max_actor_bytes: int | None = None,
+    budget: Budget | None = None,
 ) -> Manifest:
     """Bring a run to its publication: do the shards that have no part, in passes, check them all, publish.
 
     `progress` is called with (images of a shard just done, what its actor answered), first with None for the parts that are there already.
-    Raises StorageError or ValueError as met in an actor, StorageError for a shard that ends every process which does it, and BusyError
-    if the lease is lost. The run then stays, to be resumed by the same command.
+    Raises StorageError or ValueError as met in an actor, StorageError for a shard that ends every process which does it, BusyError
+    if the lease is lost, and BudgetSpentError, looking at the budget whenever a shard is done. The run then stays, to be resumed by
+    the same command.
     """
     sizes = plan.shard_sizes(run.uri, run.plan)
     missing = runs.missing_shards(run)
@@ -53,7 +56,7 @@ def execute(
         # In the last pass one at a time, so that a shard which ends every process takes no other with it.
         at_once = SHARDS_PER_ACTOR if tries_left else 1
         try:
-            shards = _run_shards(run, task, missing, at_once, num_actors, cpus_per_actor, max_actor_bytes)
+            shards = _run_shards(run, task, missing, at_once, num_actors, cpus_per_actor, max_actor_bytes, budget)
             with contextlib.closing(shards):
                 for done in shards:
                     progress(sizes[done.shard], done)
@@ -78,12 +81,12 @@ def _run_shards(
     num_actors: int | None,
     cpus_per_actor: int | None,
     max_actor_bytes: int | None,
+    budget: Budget | None,
 ) -> Generator[ShardDone, None, None]:
     """Yield the actors' answers as parts are written. A shard whose process ended `MAX_TASK_RETRIES` + 1 times is left out."""
-    cpus = cpus_per_actor or min(MAX_CPUS_PER_ACTOR, _largest_node())
-    resources = ray.cluster_resources()
-    fit = int(resources.get("GPU", 0)) if task.uses_gpu else int(resources.get("CPU", 0) // cpus)
-    most = max(1, min(num_actors or max(fit, 1), len(shards)))
+    most, cpus = fit(task, num_actors, cpus_per_actor, len(shards))
+    if budget:
+        budget.hire(most)
     items = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
     items.context.max_errored_blocks = -1  # a lost shard is for the next pass, not the end of all others
     with warnings.catch_warnings():
@@ -107,11 +110,21 @@ def _run_shards(
         )
     # Closed, not left to the garbage collector: an exception keeps this frame, and the actors would go on in their Ray.
     with contextlib.closing(cast(Generator[dict[str, Any], None, None], iter(results.iter_rows()))) as rows:
-        for row in rows:
+        for number, row in enumerate(rows, 1):
             done = ShardDone.model_validate_json(row["done"])
             if done.kind:
                 raise _FAILURES[done.kind](done.failure)
             yield done
+            if budget and number < len(shards):
+                budget.ensure()
+
+
+def fit(task: Task, num_actors: int | None, cpus_per_actor: int | None, num_shards: int) -> tuple[int, int]:
+    """How many actors the cluster that is joined gets for so many shards, and the CPUs of each."""
+    cpus = cpus_per_actor or min(MAX_CPUS_PER_ACTOR, _largest_node())
+    resources = ray.cluster_resources()
+    there = int(resources.get("GPU", 0)) if task.uses_gpu else int(resources.get("CPU", 0) // cpus)
+    return max(1, min(num_actors or max(there, 1), num_shards)), cpus
 
 
 def _largest_node() -> int:

@@ -10,6 +10,7 @@ from dragonclf import progress, session, storage
 from dragonclf.config import RayConfig, RunConfig
 from dragonclf.engine import execute, lease, plan, published, runs
 from dragonclf.engine.actor import ShardDone, Task
+from dragonclf.engine.budget import Budget
 from dragonclf.engine.pipeline import SCORED
 from dragonclf.outcomes import TooManyErrorsError
 
@@ -43,12 +44,14 @@ def run(
     retry_errors: bool = False,
     since: str | None = None,
     made_of: str | None = None,
+    budget: Budget | None = None,
 ) -> Outcome:
-    """Bring the run that `spec` asks for to its publication, and point to it. The last three as in `runs.open_run`.
+    """Bring the run that `spec` asks for to its publication, and point to it. `retry_errors`, `since`, `made_of` as in `runs.open_run`.
 
     Raises:
         BusyError: another driver is at work on it.
         StorageError, ValueError: what stopped it; the same command resumes.
+        BudgetSpentError: `budget` is spent; the same command goes on.
         TooManyErrorsError: it is published and not pointed to.
     """
     uri = runs.lease_uri(out_uri, verb, spec)
@@ -75,6 +78,7 @@ def run(
                 manifest = execute.execute(
                     run, task, note, held, num_actors=ray_config.num_actors,
                     cpus_per_actor=ray_config.cpus_per_actor, max_actor_bytes=run_config.max_actor_bytes,
+                    budget=budget,
                 )  # fmt: skip
             rate = tally.read / tally.seconds
             if tally.busy.wall_s:

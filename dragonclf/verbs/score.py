@@ -11,6 +11,7 @@ from dragonclf import session, storage
 from dragonclf.config import LayoutConfig, ScoreConfig, ScoringConfig
 from dragonclf.data import listing, selection
 from dragonclf.engine import inference, job, plan, runs
+from dragonclf.engine.budget import Budget
 from dragonclf.engine.layout import Layout
 from dragonclf.engine.pipeline import Limits
 from dragonclf.model import bundle, precision, zoo
@@ -52,6 +53,7 @@ def score(config: ScoreConfig) -> ScoreSummary:
         input_id={"source": config.source} | selection.selection_id(config),
         rows=lambda: selection.select(listing.list_rows(config.source), config.source, config),
         since=config.since,
+        budget=Budget(config),
         embeddings=config.embeddings,
         layout=layout_of(config),
     )
@@ -67,8 +69,28 @@ def score_rows(
     layout: Layout,
     embeddings: bool = False,
     since: str | None = None,
+    budget: Budget | None = None,
 ) -> ScoreSummary:
     """Score the planned `rows` with a loaded bundle under `config.out`; `input_id` tells their origin in the run's spec."""
+    task = score_task(config, loaded, layout=layout, embeddings=embeddings)
+    limits = task.limits
+    spec = {
+        "model": loaded.version, "transform": loaded.info.transform.digest, "execution": task.execution.model_dump(),
+        "max_image_bytes": limits.max_bytes, "max_pixels": limits.max_pixels, runs.INPUT: input_id,
+        "embeddings": zoo.backbone_digest(loaded.model) if embeddings else None, "layout": layout.model_dump(mode="json"),
+    }  # fmt: skip
+    log.info("%s: model %s by %s", verb, loaded.version, task.execution)
+    done = job.run(
+        config.out, verb, spec, lambda: plan.stage_plan(rows(), shard_images=config.shard_images),
+        task, ray_config=config, run_config=config, retry_errors=config.retry_errors, since=since, budget=budget,
+    )  # fmt: skip
+    return summarize(done, loaded, str(task.execution))
+
+
+def score_task(
+    config: ScoringConfig, loaded: bundle.Bundle, *, layout: Layout, embeddings: bool
+) -> inference.ScoreTask:
+    """What each worker is to do. ValueError for options that do not fit the model or the cluster."""
     layout.check(loaded.info.classes, embeddings=embeddings)
     f32 = resolve_execution(config.runtime, config.device, "f32", has_gpu=session.has_gpu(config.address))
     execution = precision.choose(loaded.uri, loaded.version, f32, config.precision)
@@ -77,18 +99,7 @@ def score_rows(
             f"--embeddings are kept in f32 only, and the precision is {execution.precision}: use --precision f32"
         )
     limits = Limits(config.max_image_bytes, config.max_pixels, config.max_image_s)
-    spec = {
-        "model": loaded.version, "transform": loaded.info.transform.digest, "execution": execution.model_dump(),
-        "max_image_bytes": limits.max_bytes, "max_pixels": limits.max_pixels, runs.INPUT: input_id,
-        "embeddings": zoo.backbone_digest(loaded.model) if embeddings else None, "layout": layout.model_dump(mode="json"),
-    }  # fmt: skip
-    log.info("%s: model %s by %s", verb, loaded.version, execution)
-    done = job.run(
-        config.out, verb, spec, lambda: plan.stage_plan(rows(), shard_images=config.shard_images),
-        inference.ScoreTask(execution, config.batch_size, limits, loaded.uri, loaded.version, embeddings, layout),
-        ray_config=config, run_config=config, retry_errors=config.retry_errors, since=since,
-    )  # fmt: skip
-    return summarize(done, loaded, str(execution))
+    return inference.ScoreTask(execution, config.batch_size, limits, loaded.uri, loaded.version, embeddings, layout)
 
 
 def layout_of(config: LayoutConfig) -> Layout:
