@@ -1,11 +1,11 @@
 """Images a second from bucket to Parquet with a real model, ours beside peers, and what decoding and the model alone would allow.
 
-    python benchmarks/score_model.py --model demo-run/training/RUN/model [--rounds 5] [--only ours,plain,plain-bf16,ray]
+    python benchmarks/score_model.py --model demo-run/training/RUN/model [--rounds 5] [--only ours,ours-auto,plain,plain-bf16,ray]
 
 The images are elpv's 2,624 photographs (PNG, 300 x 300) in a local S3 server; the model is a bundle, as the demo makes one. The rate is
 marginal: (2,624 - 200) / (seconds for 2,624 - seconds for 200), each in a process of its own, so that starting Python, Ray and actors
-cancels out. Ways (score_peers.py) are interleaved; medians. Beside each speed: its label agreement with ours. Needs the extras `cpu`
-and `demo`; the machine must be idle otherwise.
+cancels out. Ways (score_peers.py) are interleaved; medians. Beside each speed: its label agreement with ours, and its accuracy (most of
+these photographs were trained on). Needs the extras `cpu` and `demo`; the machine must be idle otherwise.
 """
 
 import argparse
@@ -35,11 +35,23 @@ FEW = 200
 PEERS = Path(__file__).with_name("score_peers.py")
 
 
-def photographs() -> list[bytes]:
+def elpv() -> Path:
     spec = importlib.util.find_spec("elpv_dataset")
     assert spec is not None
     assert spec.submodule_search_locations
-    return [path.read_bytes() for path in sorted(Path(spec.submodule_search_locations[0]).glob("data/images/*.png"))]
+    return Path(spec.submodule_search_locations[0]) / "data"
+
+
+def photographs() -> list[bytes]:
+    return [path.read_bytes() for path in sorted(elpv().glob("images/*.png"))]
+
+
+def classes() -> list[int]:
+    """Of `photographs`: 0 defective, 1 functional, as the demo has them."""
+    chances = {
+        path: float(chance) for path, chance, _ in map(str.split, (elpv() / "labels.csv").read_text().splitlines())
+    }
+    return [int(chances[f"images/{path.name}"] < 0.5) for path in sorted(elpv().glob("images/*.png"))]
 
 
 def run(method: str, model: str, prefix: str, count: int) -> tuple[float, dict[str, int]]:
@@ -71,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="ours,plain,plain-bf16,ray")
+    parser.add_argument("--only", default="ours,ours-auto,plain,plain-bf16,ray")
     options = parser.parse_args()
     methods, encoded = options.only.split(","), photographs()
     rates: dict[str, list[float]] = {method: [] for method in methods}
@@ -95,12 +107,14 @@ def main() -> None:
                 rates[method].append((len(encoded) - FEW) / (many_s - few_s))
                 print(f"  {method}: {rates[method][-1]:.1f} images/s ({few_s:.1f} s for {FEW})", flush=True)
     ours = statistics.median(rates["ours"])
-    print(f"{'way':>11} {'images/s':>9} {'range':>15} {'ours is':>8} {'labels as ours':>15}")
+    print(f"{'way':>11} {'images/s':>9} {'range':>15} {'ours is':>8} {'labels as ours':>15} {'accuracy':>9}")
+    targets = dict(zip(sorted(labels["ours"]), classes(), strict=True))
     for method, values in rates.items():
         same = np.mean([labels["ours"][key] == label for key, label in labels[method].items()])
+        accuracy = np.mean([targets[key] == label for key, label in labels[method].items()])
         middle = statistics.median(values)
         print(
-            f"{method:>11} {middle:>9.1f} {min(values):>7.1f}-{max(values):<7.1f} {ours / middle:>7.2f}x {same:>15.2%}"
+            f"{method:>11} {middle:>9.1f} {min(values):>7.1f}-{max(values):<7.1f} {ours / middle:>7.2f}x {same:>15.2%} {accuracy:>9.2%}"
         )
     print(
         f"decoding and model alone: {statistics.median(bounds):.1f} images/s; ours is {ours / statistics.median(bounds):.0%} of it"

@@ -2,10 +2,10 @@
 
     python benchmarks/score_peers.py METHOD MODEL s3://BUCKET/PREFIX NUM_IMAGES OUT
 
-METHOD is ours, plain, plain-bf16, ray or daft; MODEL is `mean` (no model: what the host costs) or a bundle's folder. Prints one line of
-JSON; with a model, OUT.json then has the label of each image. Endpoint and credentials are AWS's own variables. Ray's way is its
-documentation's example of batch inference on images: read_images, map, map_batches with an actor, write_parquet. Daft's is its
-documentation's: download, decode_image, resize, a class UDF, write_parquet.
+METHOD is ours, ours-auto (the fastest precision that the bundle admits), plain, plain-bf16, ray or daft; MODEL is `mean` (no model: what
+the host costs) or a bundle's folder. Prints one line of JSON; with a model, OUT.json then has the label of each image. Endpoint and
+credentials are AWS's own variables. Ray's way is its documentation's example of batch inference on images: read_images, map, map_batches
+with an actor, write_parquet. Daft's is its documentation's: download, decode_image, resize, a class UDF, write_parquet.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -223,14 +223,14 @@ class MeanWorker:
         )  # fmt: skip
 
 
-def ours(model: str, prefix: str, out: str) -> Done:
+def ours(model: str, prefix: str, out: str, *, precision: Literal["f32", "auto"] = "f32") -> Done:
     from dragonclf.config import RayConfig, RunConfig, ScoreConfig
     from dragonclf.data import listing
     from dragonclf.engine import job, plan
     from dragonclf.verbs.score import score
 
     if model != "mean":
-        count = score(ScoreConfig(model=model, source=prefix, out=f"{out}-ours")).counts["ok"]
+        count = score(ScoreConfig(model=model, source=prefix, out=f"{out}-ours", precision=precision)).counts["ok"]
         return count, lambda: our_labels(model, f"{out}-ours")
     done = job.run(
         f"{out}-ours", "mean", {}, lambda: plan.stage_plan(listing.list_rows(prefix)), MeanTask(),
@@ -250,7 +250,8 @@ def our_labels(model: str, out: str) -> dict[str, int]:
 
 
 METHODS: dict[str, Callable[[str, str, str], Done]] = {
-    "ours": ours, "plain": plain, "plain-bf16": functools.partial(plain, dtype=torch.bfloat16), "ray": with_ray, "daft": with_daft,
+    "ours": ours, "ours-auto": functools.partial(ours, precision="auto"), "plain": plain,
+    "plain-bf16": functools.partial(plain, dtype=torch.bfloat16), "ray": with_ray, "daft": with_daft,
 }  # fmt: skip
 
 

@@ -45,7 +45,7 @@ class Busy(BaseModel):
         if not self.wall_s:
             return "nothing was read"
         if self.model >= HIGH and self.model >= self.decode:
-            return f"the model (busy {self.model:.0%} of the time): GPUs, more workers, --runtime openvino or a smaller --arch would help"
+            return f"the model (busy {self.model:.0%} of the time): GPUs, more workers, a lower precision or a smaller --arch would help"
         if self.decode >= HIGH:
             return (
                 f"decoding (threads busy {self.decode:.0%} of the time): more CPUs a worker or more workers would help"

@@ -59,8 +59,6 @@ def estimate(config: ScoreConfig) -> Estimate:
     rows = selection.select(listing.list_rows(config.source), config.source, config)
     with plan.stage_plan(rows, shard_images=config.shard_images) as staged:
         num_images = staged.summary.num_images
-        if not num_images:
-            raise ValueError(f"there is nothing to score at {config.source}")
         log.info(
             "estimate: %s images; trying up to %s of them",
             f"{num_images:,}",

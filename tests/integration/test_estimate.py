@@ -55,7 +55,7 @@ def test_what_cannot_be_estimated_is_refused(s3_env: LocalS3, small_bundle: str,
     (tmp_path / "empty").mkdir()
     for arguments, message in (
         (["s3://photos/estimate", "--since", "latest"], "--estimate is of a full run: leave out --since"),
-        ([str(tmp_path / "empty")], "there is nothing to score"),
+        ([str(tmp_path / "empty")], "there is no object under"),
     ):
         done = commands.run("score", small_bundle, *arguments, "--out", str(tmp_path / "out"), "--estimate")
         assert done.returncode == 2

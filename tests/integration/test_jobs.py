@@ -55,7 +55,7 @@ def test_jobs_join_the_cluster_and_end_in_one_json_line(cluster: dict[str, str],
     assert "Traceback" not in refused.stderr
 
 
-@pytest.mark.parametrize("name", ["index", "train", "evaluate", "score"])
+@pytest.mark.parametrize("name", ["index", "train", "evaluate", "score", "rescore"])
 def test_help_has_an_example(name: str):
     done = subprocess.run(
         [sys.executable, str(ROOT / "jobs" / f"{name}.py"), "--help"], capture_output=True, text=True, timeout=60
