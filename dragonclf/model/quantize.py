@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 FILES = ("model.xml", "model.bin")
 MAX_LABELS_LOST = 0.005  # of the images given; a proof, on others, asks for 0.01
 BATCH_SIZE = 32
+MAX_RESTORED = (
+    10  # layers that may go back to f32: each takes a pass over the images, and with many of them int8 gains nothing
+)
 RANKING = 64  # images by which layers are ranked, one at a time: most of the time goes there
 
 Sample = tuple[np.ndarray, int]  # pixels, f32's label
@@ -77,7 +80,9 @@ def quantize(model: nn.Module, transform: Transform, pixels: np.ndarray) -> dict
             advanced_quantization_parameters=AdvancedQuantizationParameters(
                 overflow_fix=OverflowFix.DISABLE if _has_wide_sums() else OverflowFix.ENABLE
             ),
-            advanced_accuracy_restorer_parameters=AdvancedAccuracyRestorerParameters(ranking_subset_size=RANKING),
+            advanced_accuracy_restorer_parameters=AdvancedAccuracyRestorerParameters(
+                ranking_subset_size=RANKING, max_num_iterations=MAX_RESTORED
+            ),
         )
         openvino.save_model(quantized, Path(folder) / FILES[0], compress_to_fp16=False)
         return {name: (Path(folder) / name).read_bytes() for name in FILES}
