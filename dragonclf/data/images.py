@@ -41,7 +41,7 @@ class ImageError(Exception):
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
-    """Return the image in `data` as a uint8 tensor (3, height, width), RGB, upright.
+    """Return the image in `data` as a uint8 tensor (3, height, width), RGB, upright; in memory as it was decoded, pixel by pixel.
 
     Raises:
         ImageError: `unreadable` (empty, truncated, damaged), `unsupported` (no known image format), `too_many_pixels`.
@@ -108,4 +108,4 @@ def _upright(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
     if orientation in (5, 6, 7, 8):
         pixels = pixels.transpose(1, 2)
     flips = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation, ())
-    return pixels.flip(flips).contiguous()
+    return pixels.flip(flips) if flips else pixels

@@ -41,7 +41,7 @@ class Transform(BaseModel):
         image = F.center_crop(image, [min(height, longest), min(width, longest)])
         short = math.floor(self.size / self.crop_pct)
         resized = F.resize(image, [short], interpolation=InterpolationMode(self.interpolation), antialias=True)
-        return F.center_crop(resized, [self.size, self.size])
+        return F.center_crop(resized, [self.size, self.size]).contiguous()
 
     def for_train(self, image: torch.Tensor, *, seed: int, epoch: int, sample: int) -> torch.Tensor:
         """Crop at random, flip at random: uint8 (3, H, W) to uint8 (3, size, size), a function of (seed, epoch, sample).
@@ -61,4 +61,4 @@ class Transform(BaseModel):
             image, top, left, crop_height, crop_width, [self.size, self.size],
             interpolation=InterpolationMode(self.interpolation), antialias=True,
         )  # fmt: skip
-        return F.horizontal_flip(cropped) if draw.random() < 0.5 else cropped
+        return (F.horizontal_flip(cropped) if draw.random() < 0.5 else cropped).contiguous()
