@@ -185,7 +185,8 @@ def open_predictor(bundle: Bundle, execution: Execution, *, batch_size: int = 32
         bundle.model, transform, execution, batch_size=batch_size, num_threads=num_threads, quantized=quantized,
         cache_key=bundle.version,
     )  # fmt: skip
-    logits = np.concatenate([predictor(bundle.canary_pixels[i : i + 1])[0] for i in range(bundle.info.num_canaries)])
+    starts = range(0, bundle.info.num_canaries, batch_size)
+    logits = np.concatenate([predictor(bundle.canary_pixels[start : start + batch_size])[0] for start in starts])
     missed = float(np.abs(logits - bundle.canary_logits).max())
     if not missed <= bound:
         raise ValueError(
