@@ -29,6 +29,11 @@ PEERS = Path(__file__).with_name("score_peers.py")
 
 
 def cpu_s() -> float:
+    """By the scheduler's account, where this is a control group of its own; the machine's counters sample, and miss what is short."""
+    if (one := Path("/sys/fs/cgroup/cpuacct/cpuacct.usage")).exists():
+        return int(one.read_text()) / 1e9
+    if (two := Path("/sys/fs/cgroup/cpu.stat")).exists():
+        return int(two.read_text().split()[1]) / 1e6
     times = psutil.cpu_times()
     return times.user + times.system + times.nice + times.irq + times.softirq
 
