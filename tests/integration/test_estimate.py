@@ -13,7 +13,7 @@ from tests.integration.commands import only_run, upload
 
 pytestmark = pytest.mark.slow  # three scoring jobs
 
-NUM_IMAGES, SHARD_IMAGES = 120, 20
+NUM_IMAGES, SHARD_IMAGES = 120, 1  # so many shards that a run cannot be done before its driver looks at the budget
 
 
 def test_an_estimate_writes_nothing_and_a_budget_stops_a_run_that_goes_on(s3_env: LocalS3, small_bundle: str):
