@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 
-# What each runtime can do, fastest last by rule of thumb.
+# What each runtime can do, f32 first.
 PRECISIONS = {
     ("torch", "cpu"): ("f32", "bf16"),
     ("torch", "cuda"): ("f32", "fp16", "bf16"),

@@ -48,6 +48,19 @@ class Body(nn.Module):
         return self.network.features(pixels)
 
 
+class Head:
+    """A model's last layer in f32, by numpy: the same arithmetic whatever ran the body."""
+
+    def __init__(self, model: nn.Module):
+        layer = zoo.classifier(model)
+        self.num_features = layer.in_features
+        self._weight, self._bias = (tensor.detach().cpu().numpy().copy() for tensor in (layer.weight, layer.bias))
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """Features float32 (N, F) to logits float32 (N, K)."""
+        return features @ self._weight.T + self._bias
+
+
 class Predictor:
     """A model ready to run on batches of up to `batch_size` images. Only its body runs in `execution.precision`: the head is f32.
 
@@ -68,9 +81,7 @@ class Predictor:
     ):
         """`quantized` is the body in int8. `cache_key` tells the model from all others: it is then converted once on a machine."""
         self.transform, self.execution, self.batch_size = transform, execution, batch_size
-        head = zoo.classifier(model)
-        self.num_features = head.in_features
-        self._weight, self._bias = (tensor.detach().cpu().numpy().copy() for tensor in (head.weight, head.bias))
+        self._head = Head(model)
         assert (execution.precision == "int8") == (quantized is not None)
         body = Body(model, transform).eval()
         if execution.runtime == "torch":
@@ -85,6 +96,10 @@ class Predictor:
             converted = runtimes.convert_cached(body, size, cache_key)
         self._forward = runtimes.on_openvino(converted, hint, batch_size, num_threads=num_threads)
 
+    @property
+    def num_features(self) -> int:
+        return self._head.num_features
+
     def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Run uint8 (N, 3, S, S), N <= batch_size. Returns logits (N, K) and features (N, F), both float32."""
         count = len(pixels)
@@ -92,7 +107,7 @@ class Predictor:
         if count < self.batch_size:
             pixels = np.concatenate([pixels, np.zeros((self.batch_size - count, *pixels.shape[1:]), np.uint8)])
         features = self._forward(pixels)
-        return (features @ self._weight.T + self._bias)[:count], features[:count]
+        return self._head(features)[:count], features[:count]
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -12,9 +12,9 @@ import numpy as np
 from torch import nn
 
 from dragonclf.data.transforms import Transform
-from dragonclf.model import runtimes, zoo
+from dragonclf.model import runtimes
 from dragonclf.model.execution import processor
-from dragonclf.model.predictor import Body
+from dragonclf.model.predictor import Body, Head
 
 if TYPE_CHECKING:
     import openvino
@@ -54,20 +54,17 @@ def quantize(model: nn.Module, transform: Transform, pixels: np.ndarray) -> dict
 
         nncf.set_log_level(logging.ERROR)
         converted = runtimes.convert(Body(model, transform).eval(), transform.size)
-        head = zoo.classifier(model)
-        weight, bias = head.weight.detach().numpy(), head.bias.detach().numpy()
-
-        def labels(features: np.ndarray) -> np.ndarray:
-            return (features @ weight.T + bias).argmax(axis=1)
+        head = Head(model)
 
         def agreement(
             body: "openvino.CompiledModel", samples: Iterable[Sample]
         ) -> tuple[float, list[list[np.ndarray]]]:
             images, wanted = zip(*samples, strict=True)
             features = _features(body, np.stack(images))
-            return float((labels(features) == wanted).mean()), [[row[None]] for row in features]
+            return float((head(features).argmax(axis=1) == wanted).mean()), [[row[None]] for row in features]
 
-        wanted = labels(_features(openvino.compile_model(converted, "CPU", runtimes.F32), pixels))
+        f32 = openvino.compile_model(converted, "CPU", runtimes.F32)
+        wanted = head(_features(f32, pixels)).argmax(axis=1)
         images = nncf.Dataset(list(zip(pixels, wanted, strict=True)), lambda sample: sample[0][None])
         quantized = nncf.quantize_with_accuracy_control(
             converted,

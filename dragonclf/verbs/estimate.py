@@ -1,6 +1,5 @@
 """`score --estimate`: what scoring a bucket would take and cost, by scoring a sample of it. Nothing is written."""
 
-import contextlib
 import logging
 import time
 
@@ -64,9 +63,8 @@ def estimate(config: ScoreConfig) -> Estimate:
             f"{num_images:,}",
             f"{probe.NUM_CHUNKS * probe.CHUNK_IMAGES:,}",
         )
-        with contextlib.ExitStack() as stack:
-            began_s = time.monotonic()
-            stack.enter_context(session.connect(config.address))
+        began_s = time.monotonic()
+        with session.connect(config.address):
             joined_s = time.monotonic() - began_s
             workers, cpus = execute.fit(task, config.num_actors, config.cpus_per_actor, staged.summary.num_shards)
             found = probe.probe(task, staged, uses_gpu=task.uses_gpu, cpus=cpus)

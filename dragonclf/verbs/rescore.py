@@ -14,7 +14,7 @@ from dragonclf.engine import inference, job, published, reuse, runs
 from dragonclf.engine.layout import ALWAYS, FEATURES, Layout
 from dragonclf.engine.pipeline import SCORED
 from dragonclf.model import bundle, zoo
-from dragonclf.model.predictor import softmax
+from dragonclf.model.predictor import Head, softmax
 from dragonclf.verbs.score import ScoreSummary, layout_of, summarize
 
 log = logging.getLogger("dragonclf")
@@ -71,8 +71,7 @@ class RescoreWork:
         assert run.base is not None
         self._parts = published.check_parts(run.base, published.read_manifest(run.base))
         self._layout, self._loaded = task.layout, inference.open_bundle(task.model_uri, task.model_version)
-        head = zoo.classifier(self._loaded.model)
-        self._weight, self._bias = head.weight.detach().numpy(), head.bias.detach().numpy()  # (K, F), (K,)
+        self._head = Head(self._loaded.model)
 
     def take_busy(self) -> Busy:
         return Busy()
@@ -80,9 +79,9 @@ class RescoreWork:
     def __call__(self, shard: int, planned: pa.Table, is_again: bool) -> tuple[pa.Table, int]:
         rows = tables.read(self._parts[shard])
         features = rows[FEATURES].combine_chunks().flatten().to_numpy()  # of the rows that have any
-        logits = features.reshape(-1, self._weight.shape[1]).astype(np.float32) @ self._weight.T + self._bias
+        logits = self._head(features.reshape(-1, self._head.num_features).astype(np.float32))
         scored = np.isin(rows["status"].to_pylist(), SCORED)
-        probs = np.zeros((len(rows), len(self._bias)), np.float32)
+        probs = np.zeros((len(rows), logits.shape[1]), np.float32)
         probs[scored] = softmax(logits)
         own = pa.table(
             {
