@@ -180,10 +180,11 @@ class Pipeline:
     ) -> None:  # fmt: skip
         try:
             self._check_size(size)
-            async with self._fetches, self._budget.spend(size if size is not None else UNKNOWN_SIZE):
-                started_s = time.monotonic()
-                data, found = await self._reader.read(uri)
-                self._note(fetch_s=time.monotonic() - started_s, num_bytes=len(data))
+            async with self._budget.spend(size if size is not None else UNKNOWN_SIZE):
+                async with self._fetches:
+                    started_s = time.monotonic()
+                    data, found = await self._reader.read(uri)
+                    self._note(fetch_s=time.monotonic() - started_s, num_bytes=len(data))
                 result.etags[row] = found
                 self._check_size(len(data))
                 result.values[row] = await self._decode(data, target, isolate)
