@@ -35,13 +35,17 @@ class Transform(BaseModel):
         return hashlib.sha256(f"{DECODE_VERSION} {self.model_dump_json()}".encode()).hexdigest()[:12]
 
     def for_eval(self, image: torch.Tensor) -> torch.Tensor:
-        """Resize the short side, crop the centre: uint8 (3, H, W) to uint8 (3, size, size)."""
+        """Resize the short side, crop the centre: uint8 (3, H, W) to uint8 (3, size, size), in memory in the order that `image` has."""
         height, width = image.shape[1:]
         longest = MAX_ASPECT * min(height, width)
         image = F.center_crop(image, [min(height, longest), min(width, longest)])
         short = math.floor(self.size / self.crop_pct)
         resized = F.resize(image, [short], interpolation=InterpolationMode(self.interpolation), antialias=True)
-        return F.center_crop(resized, [self.size, self.size]).contiguous()
+        return F.center_crop(resized, [self.size, self.size])
+
+    def new_batch(self, count: int) -> np.ndarray:
+        """Room for what `for_eval` gives: zeros, uint8 (count, 3, size, size), in memory pixel by pixel, as decoders and networks like it."""
+        return np.zeros((count, self.size, self.size, 3), np.uint8).transpose(0, 3, 1, 2)
 
     def for_train(self, image: torch.Tensor, *, seed: int, epoch: int, sample: int) -> torch.Tensor:
         """Crop at random, flip at random: uint8 (3, H, W) to uint8 (3, size, size), a function of (seed, epoch, sample).

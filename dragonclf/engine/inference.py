@@ -87,7 +87,9 @@ class _InferenceWorker:
     def __init__(self, predictor: Predictor):
         self.predictor = predictor
         self.batch_size = predictor.batch_size
-        self.pixels_shape = (3, predictor.transform.size, predictor.transform.size)
+
+    def new_batch(self) -> np.ndarray:
+        return self.predictor.transform.new_batch(self.batch_size)
 
     def read(self, data: bytes, image: torch.Tensor) -> tuple[dict[str, Any], np.ndarray]:
         _, height, width = image.shape

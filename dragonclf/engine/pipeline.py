@@ -56,9 +56,8 @@ class Worker(Protocol):
     @property
     def batch_size(self) -> int: ...
 
-    @property
-    def pixels_shape(self) -> tuple[int, ...] | None:
-        """Of one image for `predict`; None if there is no model to run."""
+    def new_batch(self) -> np.ndarray | None:
+        """Room for what `read` gives of `batch_size` images, zeros of uint8 (batch_size, ...); None if there is no model to run."""
         ...
 
     def read(self, data: bytes, image: torch.Tensor) -> tuple[dict[str, Any], np.ndarray | None]:
@@ -69,7 +68,7 @@ class Worker(Protocol):
         ...
 
     def predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        """Run one batch, uint8 (batch_size, *pixels_shape). Returns columns of batch_size rows. Called by one thread at a time."""
+        """Run one batch, a filled `new_batch`. Returns columns of batch_size rows. Called by one thread at a time."""
         ...
 
     def table(self, planned: pa.Table, result: "ShardResult") -> pa.Table:
@@ -159,8 +158,7 @@ class Pipeline:
     async def _batch(self, batch: range, rows: list[list[Any]], result: ShardResult, isolate: bool) -> None:
         """Every image has its own slot in the batch, so what a batch holds depends on the plan alone, not on who came first."""
         async with self._batches:
-            shape = self._worker.pixels_shape
-            pixels = None if shape is None else np.zeros((self._worker.batch_size, *shape), np.uint8)
+            pixels = self._worker.new_batch()
             async with asyncio.TaskGroup() as tasks:
                 for slot, row in enumerate(batch):
                     target = None if pixels is None else pixels[slot]

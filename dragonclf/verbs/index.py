@@ -76,7 +76,9 @@ class IndexWorker:
     """Size in pixels and SHA-256 of each image."""
 
     batch_size = 64
-    pixels_shape = None
+
+    def new_batch(self) -> None:
+        return None
 
     def read(self, data: bytes, image: torch.Tensor) -> tuple[dict[str, Any], None]:
         _, height, width = image.shape

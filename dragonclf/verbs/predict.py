@@ -45,7 +45,7 @@ def predict(config: PredictConfig) -> PredictSummary:
     rows = [Prediction(uri=uri, status="ok") for uri in map(storage.resolve, config.images)]
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        pixels = np.zeros((len(batch), 3, predictor.transform.size, predictor.transform.size), np.uint8)
+        pixels = predictor.transform.new_batch(len(batch))
         for slot, row in enumerate(batch):
             try:
                 pixels[slot] = predictor.transform.for_eval(_decode(row.uri, config)).numpy()

@@ -30,11 +30,13 @@ class NumberWorker:
     """An image is a number, its one pixel; the model doubles it and tells what else was in its batch."""
 
     batch_size = BATCH
-    pixels_shape: tuple[int, ...] | None = (2,)
 
     def __init__(self, *, delay_s: float = 0.0):
         self.batches: list[tuple[int, ...]] = []
         self._delay_s, self._model = delay_s, threading.Lock()
+
+    def new_batch(self) -> np.ndarray | None:
+        return np.zeros((BATCH, 2), np.uint8)
 
     def read(self, data: bytes, image: torch.Tensor) -> tuple[dict[str, Any], np.ndarray | None]:
         number = int(image[0, 0, 0])
@@ -174,7 +176,7 @@ def test_shards_of_any_size(count: int, tmp_path: Path):
 
 def test_without_a_model_nothing_is_predicted(tmp_path: Path):
     worker = NumberWorker()
-    worker.pixels_shape = None
+    worker.new_batch = lambda: None
     worker.read = lambda data, image: ({"number": int(image[0, 0, 0])}, None)  # pyright: ignore[reportAttributeAccessIssue]
     table = pipeline_of(worker, 2).process(plan_of(write_numbers(tmp_path, range(9))))
     assert (table["number"].to_pylist(), worker.batches) == (list(range(9)), [])
