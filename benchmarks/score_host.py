@@ -1,6 +1,6 @@
 """What the host pays for an image, without a model: CPU milliseconds of the whole machine, the S3 server's included.
 
-    python benchmarks/score_host.py [--rounds 5] [--images 10000] [--only ours,plain,ray,daft]
+    python benchmarks/score_host.py [--rounds 5] [--images 10000] [--only ours,plain,ray,ray-uint8,daft]
 
 Each way (score_peers.py) scores two prefixes in processes of its own, one larger by `--images`; what the larger one costs more, divided by
 that, is the marginal cost: starting Python, Ray and actors cancels out. A slow peer reads a tenth. Ways are interleaved; medians.
@@ -24,7 +24,7 @@ from dragonclf.demo.local_s3 import LocalS3
 from dragonclf.storage import s3
 
 FEW = 500
-SLOW = {"ray": 10}  # divides the images of a peer that would take minutes a round
+SLOW = {"ray": 10, "ray-uint8": 10}  # divides the images of a peer that would take minutes a round
 PEERS = Path(__file__).with_name("score_peers.py")
 
 
@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--only", default="ours,plain,ray,daft")
+    parser.add_argument("--only", default="ours,plain,ray,ray-uint8,daft")
     options = parser.parse_args()
     methods = options.only.split(",")
     more = {method: options.images // SLOW.get(method, 1) for method in methods}

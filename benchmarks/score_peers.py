@@ -2,10 +2,11 @@
 
     python benchmarks/score_peers.py METHOD MODEL s3://BUCKET/PREFIX NUM_IMAGES OUT
 
-METHOD is ours, ours-auto (the fastest precision that the bundle admits), plain, plain-bf16, ray or daft; MODEL is `mean` (no model: what
-the host costs) or a bundle's folder. Prints one line of JSON; with a model, OUT.json then has the label of each image. Endpoint and
-credentials are AWS's own variables. Ray's way is its documentation's example of batch inference on images: read_images, map, map_batches
-with an actor, write_parquet. Daft's is its documentation's: download, decode_image, resize, a class UDF, write_parquet.
+METHOD is ours, ours-auto (the fastest precision that the bundle admits), plain, plain-bf16, ray, ray-uint8 or daft; MODEL is `mean` (no
+model: what the host costs) or a bundle's folder. Prints one line of JSON; with a model, OUT.json then has the label of each image. Endpoint
+and credentials are AWS's own variables. Ray's way is that of its guide "Working with images": read_images, map with torchvision's ToTensor
+and Resize, map_batches with an actor, write_parquet. ray-uint8 is the same tuned: it resizes and moves bytes in place of floats, as all
+others here do. Daft's is its documentation's: download, decode_image, resize, a class UDF, write_parquet.
 """
 
 import asyncio
@@ -31,7 +32,7 @@ from torchvision.transforms.v2 import functional as F
 
 SIZE, SHORT, BATCH_SIZE = 224, 256, 32
 NUM_CPUS = os.cpu_count() or 1
-Predict = Callable[[np.ndarray], np.ndarray]  # uint8 (B, 3, S, S) to float (B, K)
+Predict = Callable[[np.ndarray], np.ndarray]  # (B, 3, S, S), uint8 or float32 in 0..1, to float (B, K)
 Done = tuple[
     int, Callable[[], dict[str, int]]
 ]  # rows written; what tells the label of each key, read after the clock has stopped
@@ -39,11 +40,11 @@ Done = tuple[
 
 def mean(pixels: np.ndarray) -> np.ndarray:
     """In place of a model, (B, 1)."""
-    return pixels.reshape(len(pixels), -1).mean(axis=1, keepdims=True)
+    return pixels.mean(axis=(1, 2, 3))[:, None]
 
 
-def eager(model: str, *, channels_last: bool, dtype: torch.dtype = torch.float32) -> Predict:
-    """The bundle's network in plain PyTorch."""
+def eager(model: str, *, channels_last: bool, dtype: torch.dtype = torch.float32, as_floats: bool = False) -> Predict:
+    """The bundle's network in plain PyTorch. `as_floats` says that pixels come scaled to 0..1."""
     if model == "mean":
         return mean
     from dragonclf.model import bundle
@@ -56,7 +57,7 @@ def eager(model: str, *, channels_last: bool, dtype: torch.dtype = torch.float32
 
     @torch.inference_mode()
     def predict(pixels: np.ndarray) -> np.ndarray:
-        batch = torch.from_numpy(pixels).to(memory_format=layout)
+        batch = torch.from_numpy(pixels * 255 if as_floats else pixels).to(memory_format=layout)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             return network(batch)[0].float().softmax(dim=1).numpy()
 
@@ -116,18 +117,23 @@ def plain(model: str, prefix: str, out: str, *, dtype: torch.dtype = torch.float
     return len(keys), lambda: dict(zip(keys, probs.argmax(axis=1).tolist(), strict=True))
 
 
-def with_ray(model: str, prefix: str, out: str) -> Done:
+def with_ray(model: str, prefix: str, out: str, *, as_floats: bool = True) -> Done:
     import pyarrow.fs
     import ray
+    from torchvision import transforms
+
+    as_documented = transforms.Compose([transforms.ToTensor(), transforms.Resize(SHORT), transforms.CenterCrop(SIZE)])
 
     class Model:
         def __init__(self) -> None:
-            self.predict = eager(model, channels_last=False)
+            self.predict = eager(model, channels_last=False, as_floats=as_floats)
 
         def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
             return {"prob": self.predict(batch["image"]), "path": batch["path"]}
 
     def transform(row: dict[str, Any]) -> dict[str, Any]:
+        if as_floats:
+            return {"image": as_documented(row["image"]).numpy(), "path": row["path"]}
         return {"image": resized(torch.from_numpy(row["image"]).permute(2, 0, 1)).numpy(), "path": row["path"]}
 
     endpoint = urllib.parse.urlsplit(os.environ["AWS_ENDPOINT_URL"])
@@ -206,7 +212,10 @@ class MeanTask:
 
 
 class MeanWorker:
-    batch_size, pixels_shape = BATCH_SIZE, (3, SIZE, SIZE)
+    batch_size = BATCH_SIZE
+
+    def new_batch(self) -> np.ndarray:
+        return np.zeros((BATCH_SIZE, SIZE, SIZE, 3), np.uint8).transpose(0, 3, 1, 2)
 
     def read(self, data: bytes, image: torch.Tensor) -> tuple[dict[str, Any], np.ndarray]:
         return {}, resized(image).numpy()
@@ -251,7 +260,8 @@ def our_labels(model: str, out: str) -> dict[str, int]:
 
 METHODS: dict[str, Callable[[str, str, str], Done]] = {
     "ours": ours, "ours-auto": functools.partial(ours, precision="auto"), "plain": plain,
-    "plain-bf16": functools.partial(plain, dtype=torch.bfloat16), "ray": with_ray, "daft": with_daft,
+    "plain-bf16": functools.partial(plain, dtype=torch.bfloat16), "ray": with_ray,
+    "ray-uint8": functools.partial(with_ray, as_floats=False), "daft": with_daft,
 }  # fmt: skip
 
 
