@@ -44,7 +44,7 @@ class Transform(BaseModel):
         return F.center_crop(resized, [self.size, self.size])
 
     def new_batch(self, count: int) -> np.ndarray:
-        """Room for what `for_eval` gives: zeros, uint8 (count, 3, size, size), in memory pixel by pixel, as decoders and networks like it."""
+        """Room for what `for_eval` gives: zeros, uint8 (count, 3, size, size), in memory pixel by pixel as networks like it."""
         return np.zeros((count, self.size, self.size, 3), np.uint8).transpose(0, 3, 1, 2)
 
     def for_train(self, image: torch.Tensor, *, seed: int, epoch: int, sample: int) -> torch.Tensor:

@@ -9,13 +9,12 @@ does not pass in half a minute is for a person, not for patience.
 import asyncio
 import contextlib
 import functools
-import random
 import re
-import time
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import boto3
 import botocore.exceptions
@@ -28,17 +27,15 @@ from pyarrow import fs
 
 from dragonclf.storage import listing_answer, parallel_listing
 from dragonclf.storage.errors import (
-    AccessDeniedError,
     CredentialsError,
     ObjectInfo,
     ObjectMissingError,
-    PreconditionError,
     StorageError,
-    UnconditionalStoreError,
     first_line,
     missing,
 )
 from dragonclf.storage.parallel_listing import Page
+from dragonclf.storage.s3_errors import FIRST_WAIT_S, LONGEST_WAIT_S, RETRY_S, call, denied, no_bucket
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -47,31 +44,12 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 15  # between two bytes of an answer
 FETCH_TIMEOUT_S = 25  # of one image, whole
-RETRY_S = 20  # an operation is begun again for so long, so that it ends within RETRY_S + the timeout of one try
 PART_BYTES, MAX_PARTS = 16 * 2**20, 10_000  # of a file's upload; S3 takes no more parts
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 5.0
 CHUNK_BYTES = 2**20  # of a download
 PAGE_KEYS = 1000  # of a listing: S3's most
 
 # Known to list in another order than by the keys' bytes: SeaweedFS goes folder by folder, and so do S3's directory buckets.
 _UNORDERED_SERVER, _UNORDERED_BUCKET = "SeaweedFS", "--x-s3"
-
-_Result = TypeVar("_Result")
-
-_CREDENTIAL_CODES = {
-    "ExpiredToken", "ExpiredTokenException", "InvalidAccessKeyId", "InvalidToken", "RequestExpired", "RequestTimeTooSkewed",
-    "SignatureDoesNotMatch", "TokenRefreshRequired", "UnrecognizedClientException",
-}  # fmt: skip
-_PASSING = (
-    botocore.exceptions.ConnectionError,
-    botocore.exceptions.HTTPClientError,
-    botocore.exceptions.IncompleteReadError,
-)
-_PASSING_CODES = {
-    "InternalError", "RequestTimeout", "RequestTimeoutException", "ServiceUnavailable", "SlowDown", "Throttling",
-    "ThrottlingException", "RequestLimitExceeded", "TooManyRequests", "TooManyRequestsException", "ConditionalRequestConflict",
-}  # fmt: skip
-_PASSING_STATUSES = {429, 500, 502, 503, 504}
 
 
 def split(uri: str) -> tuple[str, str]:
@@ -87,7 +65,7 @@ def list_objects(uri: str) -> Iterator[ObjectInfo]:
 
     def list_page(*, start_after: str | None = None, token: str | None = None) -> Page:
         where = {"ContinuationToken": token} if token else {"StartAfter": start_after} if start_after else {}
-        found = _call(
+        found = call(
             "list", uri,
             lambda: _client().list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=PAGE_KEYS, **where),  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
@@ -119,13 +97,13 @@ def stat(uri: str) -> ObjectInfo | None:
         return ObjectInfo(uri, found["ETag"].strip('"'), found["ContentLength"])
 
     try:
-        return _call("read", uri, head)
+        return call("read", uri, head)
     except ObjectMissingError:
         return None
 
 
 def get(uri: str, *, last_bytes: int | None = None) -> tuple[bytes, str]:
-    return _call("read", uri, lambda: _get(uri, last_bytes))
+    return call("read", uri, lambda: _get(uri, last_bytes))
 
 
 def download(uri: str, path: Path) -> None:
@@ -139,12 +117,12 @@ def download(uri: str, path: Path) -> None:
             for chunk in body.iter_chunks(CHUNK_BYTES):
                 file.write(chunk)
 
-    _call("read", uri, copy)
+    call("read", uri, copy)
 
 
 def put(uri: str, data: bytes) -> None:
     bucket, key = split(uri)
-    _call("write", uri, lambda: _client().put_object(Bucket=bucket, Key=key, Body=data))
+    call("write", uri, lambda: _client().put_object(Bucket=bucket, Key=key, Body=data))
 
 
 def put_file(uri: str, path: Path) -> None:
@@ -155,13 +133,13 @@ def put_file(uri: str, path: Path) -> None:
     if num_bytes <= part_bytes:
         put(uri, path.read_bytes())
         return
-    begun = _call("write", uri, lambda: _client().create_multipart_upload(Bucket=bucket, Key=key))
+    begun = call("write", uri, lambda: _client().create_multipart_upload(Bucket=bucket, Key=key))
     upload_id, parts = begun["UploadId"], []
     try:
         with open(path, "rb") as file:
             while data := file.read(part_bytes):
                 parts.append(_put_part(uri, upload_id, len(parts) + 1, data))
-        _call(
+        call(
             "write", uri,
             lambda: _client().complete_multipart_upload(
                 Bucket=bucket, Key=key, UploadId=upload_id, MultipartUpload={"Parts": parts}
@@ -169,7 +147,7 @@ def put_file(uri: str, path: Path) -> None:
         )  # fmt: skip
     except BaseException:
         with contextlib.suppress(StorageError):  # the parts of an upload that is not ended are kept, and paid for
-            _call(
+            call(
                 "write", uri, lambda: _client().abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id)
             )  # fmt: skip
         raise
@@ -177,7 +155,7 @@ def put_file(uri: str, path: Path) -> None:
 
 def _put_part(uri: str, upload_id: str, number: int, data: bytes) -> "CompletedPartTypeDef":
     bucket, key = split(uri)
-    done = _call(
+    done = call(
         "write", uri,
         lambda: _client().upload_part(Bucket=bucket, Key=key, UploadId=upload_id, PartNumber=number, Body=data),
     )  # fmt: skip
@@ -187,13 +165,13 @@ def _put_part(uri: str, upload_id: str, number: int, data: bytes) -> "CompletedP
 def create(uri: str, data: bytes) -> None:
     """Write by If-None-Match. PreconditionError if the object exists, perhaps by a write of ours whose answer was lost."""
     bucket, key = split(uri)
-    _call("write", uri, lambda: _client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*"))
+    call("write", uri, lambda: _client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*"))
 
 
 def replace(uri: str, data: bytes, *, etag: str) -> None:
     """Write by If-Match. PreconditionError or ObjectMissingError if the object is not as `etag` says."""
     bucket, key = split(uri)
-    _call("write", uri, lambda: _client().put_object(Bucket=bucket, Key=key, Body=data, IfMatch=f'"{etag}"'))
+    call("write", uri, lambda: _client().put_object(Bucket=bucket, Key=key, Body=data, IfMatch=f'"{etag}"'))
 
 
 def _get(uri: str, last_bytes: int | None) -> tuple[bytes, str]:
@@ -222,11 +200,11 @@ async def fetch(uri: str) -> tuple[bytes, str]:
         return bytes(await found.bytes_async()), (found.meta["e_tag"] or "").strip('"')
     except FileNotFoundError as error:
         if "NoSuchBucket" in str(error):
-            raise _no_bucket("read", uri) from error
+            raise no_bucket("read", uri) from error
         raise missing("read", uri) from error
     except (PermissionDeniedError, UnauthenticatedError) as error:
         code = re.search(r"<Code>(\w+)</Code>", str(error))
-        raise _denied("read", uri, code[1] if code else "AccessDenied") from error
+        raise denied("read", uri, code[1] if code else "AccessDenied") from error
     except (BaseError, OSError) as error:
         raise StorageError(f"cannot read {uri}: {first_line(error)}") from error
 
@@ -244,7 +222,7 @@ def arrow_filesystem(uri: str) -> fs.S3FileSystem:
         access_key=keys.access_key,
         secret_key=keys.secret_key,
         session_token=keys.token,
-        region=_call("find", uri, lambda: _region(split(uri)[0])),
+        region=call("find", uri, lambda: _region(split(uri)[0])),
         scheme=scheme,
         endpoint_override=None if _is_aws(client.meta.endpoint_url) else host,
     )
@@ -277,14 +255,20 @@ def _client() -> "S3Client":
 
 
 _stores: dict[str, S3Store] = {}
+_opening = threading.Lock()
 
 
 def _obstore(bucket: str) -> S3Store:
     """One store per bucket, with boto3's credentials and endpoint, and the bucket's own region."""
+    with _opening:  # many images ask for the first time at once
+        return _stores.get(bucket) or _open_obstore(bucket)
+
+
+def _open_obstore(bucket: str) -> S3Store:
     client = _client()
     endpoint = client.meta.endpoint_url
     is_aws = _is_aws(endpoint)
-    region = _call("find", f"s3://{bucket}", lambda: _region(bucket))
+    region = call("find", f"s3://{bucket}", lambda: _region(bucket))
     _stores[bucket] = S3Store(
         bucket,
         region=region,
@@ -322,79 +306,3 @@ def _region(bucket: str) -> str:
             raise
         found = answer["HTTPHeaders"].get("x-amz-bucket-region")
     return found or _client().meta.region_name
-
-
-def _denied(operation: str, uri: str, code: str) -> StorageError:
-    if code == "RequestTimeTooSkewed":
-        return CredentialsError(f"cannot {operation} {uri}: this machine's clock is wrong ({code}): set it")
-    if code in _CREDENTIAL_CODES:
-        return CredentialsError(
-            f"cannot {operation} {uri}: the store refuses the credentials ({code}): "
-            "check AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or sign in again"
-        )
-    return AccessDeniedError(
-        f"cannot {operation} {uri}: access denied ({code}): give this identity the right to {operation} it"
-    )
-
-
-def _no_bucket(operation: str, uri: str) -> StorageError:
-    return StorageError(
-        f"cannot {operation} {uri}: there is no bucket {split(uri)[0]!r}: check its name, AWS_REGION and AWS_ENDPOINT_URL"
-    )
-
-
-def _call(operation: str, uri: str, action: Callable[[], _Result]) -> _Result:
-    """Run a request, and again while its failure may pass and the time is not over. What a write did before it failed, it may do twice."""
-    deadline, wait_s = time.monotonic() + RETRY_S, FIRST_WAIT_S
-    while True:
-        with _errors(operation, uri):
-            try:
-                return action()
-            except (*_PASSING, botocore.exceptions.ClientError) as error:
-                if not _may_pass(error) or time.monotonic() + wait_s > deadline:
-                    raise
-        time.sleep(wait_s * random.uniform(0.5, 1.0))
-        wait_s = min(2 * wait_s, LONGEST_WAIT_S)
-
-
-def _may_pass(error: Exception) -> bool:
-    if not isinstance(error, botocore.exceptions.ClientError):
-        return True
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    return status in _PASSING_STATUSES or error.response.get("Error", {}).get("Code") in _PASSING_CODES
-
-
-@contextlib.contextmanager
-def _errors(operation: str, uri: str) -> Iterator[None]:
-    """Turn botocore's errors into ours."""
-    try:
-        yield
-    except botocore.exceptions.ClientError as error:
-        code = error.response.get("Error", {}).get("Code", "")
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        if code == "PreconditionFailed" or status == 412:
-            raise PreconditionError from error
-        if code == "NotImplemented" or status == 501:
-            raise UnconditionalStoreError(
-                f"cannot {operation} {uri}: the store cannot do this: {first_line(error)}"
-            ) from error
-        if code == "NoSuchBucket" or (code == "404" and not split(uri)[1]):
-            raise _no_bucket(operation, uri) from error
-        if code in ("NoSuchKey", "404"):
-            raise missing(operation, uri) from error
-        if code in _CREDENTIAL_CODES or status in (401, 403):
-            raise _denied(operation, uri, code) from error
-        if code in ("KeyTooLongError", "InvalidURI"):
-            raise missing(operation, uri) from error
-        raise StorageError(f"cannot {operation} {uri}: {first_line(error)}") from error
-    except botocore.exceptions.ParamValidationError as error:
-        raise StorageError(
-            f"cannot {operation} {uri}: no such name is possible: {' '.join(str(error).split())}"
-        ) from error
-    except botocore.exceptions.NoCredentialsError as error:
-        raise CredentialsError(
-            f"cannot {operation} {uri}: no AWS credentials found: set AWS_PROFILE, or AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, or run where a role is attached"
-        ) from error
-    except botocore.exceptions.BotoCoreError as error:
-        raise StorageError(f"cannot {operation} {uri}: {first_line(error)}") from error

@@ -1,6 +1,5 @@
 """`predict`: probabilities for a few images, at once and without Ray."""
 
-import numpy as np
 import torch
 from pydantic import BaseModel, Field
 
