@@ -71,7 +71,14 @@ def bound(model: str, encoded: list[bytes]) -> float:
     started = time.perf_counter()
     with ThreadPoolExecutor(NUM_CPUS) as pool:
         pixels = np.stack(
-            list(pool.map(lambda data: loaded.info.transform.for_eval(images.decode(data)).numpy(), encoded))
+            list(
+                pool.map(
+                    lambda data: loaded.info.transform.for_eval(
+                        images.decode(data, min_side=loaded.info.transform.min_side)
+                    ).numpy(),
+                    encoded,
+                )
+            )
         )
     decoded = time.perf_counter()
     for start in range(0, len(pixels), predictor.batch_size):

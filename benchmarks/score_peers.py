@@ -212,13 +212,13 @@ class MeanTask:
 
 
 class MeanWorker:
-    batch_size = BATCH_SIZE
+    batch_size, min_side = BATCH_SIZE, 2 * SHORT
 
     def new_batch(self) -> np.ndarray:
         return np.zeros((BATCH_SIZE, SIZE, SIZE, 3), np.uint8).transpose(0, 3, 1, 2)
 
-    def read(self, data: bytes, image: torch.Tensor) -> tuple[dict[str, Any], np.ndarray]:
-        return {}, resized(image).numpy()
+    def read(self, data: bytes, picture: Any) -> tuple[dict[str, Any], np.ndarray]:
+        return {}, resized(picture.pixels).numpy()
 
     def predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         return {"prob": mean(pixels)}

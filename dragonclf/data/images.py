@@ -1,12 +1,16 @@
-"""Decode any image to RGB uint8, safely: one function, `decode`, and one error, `ImageError`.
+"""Decode any image to RGB uint8, safely: one function, `read` (`decode` where the pixels are enough), and one error, `ImageError`.
 
 The header is read first (Pillow opens lazily), so that size limits hold before a pixel is decoded. Plain JPEG and WebP then go
 through torchvision.io, at about twice Pillow's speed; everything else (CMYK, palettes, alpha, 16 bit, animations, PNG, GIF, TIFF,
 BMP, ...) through Pillow. Both ways end in the same convention: EXIF orientation applied, transparency on white, first frame.
+
+A JPEG of which less is wanted than it holds is decoded at a half, a quarter or an eighth: libjpeg then computes only those frequencies.
+At a quarter, 12 megapixels take 0.7 of the time and a sixteenth of the memory. What is skipped would have been averaged away by resizing.
 """
 
 import io
 import re
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +19,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from dragonclf.config import MAX_PIXELS
 
+TURNED = (5, 6, 7, 8)  # EXIF orientations of images that are stored lying
 DECODE_VERSION = 1  # part of the transform digest: raise it when the pixels that `decode` returns change
 
 # The operators behind torchvision.io's functions, which warn that they will move to another package: a warning for each image, and no
@@ -40,8 +45,21 @@ class ImageError(Exception):
         self.status, self.reason = status, reason
 
 
-def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
-    """Return the image in `data` as a uint8 tensor (3, height, width), RGB, upright; in memory as it was decoded, pixel by pixel.
+class Picture(NamedTuple):
+    """A decoded image."""
+
+    pixels: torch.Tensor  # uint8 (3, H, W), RGB, upright; in memory as it was decoded, pixel by pixel
+    width: int  # of the whole image, of which `pixels` may be a reduction
+    height: int
+
+
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, min_side: int | None = None) -> torch.Tensor:
+    """`read`'s pixels."""
+    return read(data, max_pixels=max_pixels, min_side=min_side).pixels
+
+
+def read(data: bytes, *, max_pixels: int = MAX_PIXELS, min_side: int | None = None) -> Picture:
+    """Return the image in `data`: a JPEG at 1/2, 1/4 or 1/8 where its shorter side still has `min_side` pixels then, all else whole.
 
     Raises:
         ImageError: `unreadable` (empty, truncated, damaged), `unsupported` (no known image format), `too_many_pixels`.
@@ -55,8 +73,11 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
         width, height = image.size
         if width * height > max_pixels:
             raise ImageError("too_many_pixels", f"{width} x {height} pixels, over the limit of {max_pixels:,}")
-        pixels = _pixels(image, data)
-        return _upright(pixels, _orientation(image))
+        pixels = _pixels(image, data, min_side)
+        orientation = _orientation(image)
+        if orientation in TURNED:
+            width, height = height, width
+        return Picture(_upright(pixels, orientation), width, height)
     except (ImageError, MemoryError):
         raise
     except UnidentifiedImageError as error:
@@ -71,9 +92,11 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
         raise ImageError("unreadable", f"cannot be decoded: {reason}") from error
 
 
-def _pixels(image: Image.Image, data: bytes) -> torch.Tensor:
+def _pixels(image: Image.Image, data: bytes, min_side: int | None) -> torch.Tensor:
     fast = _FAST.get(image.format or "") if image.mode in ("RGB", "L") else None
-    if fast is not None and "transparency" not in image.info and getattr(image, "n_frames", 1) == 1:
+    if min_side is not None and image.format in ("JPEG", "MPO") and min(image.size) >= 2 * min_side:
+        image.draft(None, (min_side, min_side))
+    elif fast is not None and "transparency" not in image.info and getattr(image, "n_frames", 1) == 1:
         return fast(torch.frombuffer(bytearray(data), dtype=torch.uint8), _RGB)
     image.seek(0)
     if image.mode.startswith(("I", "F")):  # 16 and 32 bit grey: Pillow's own conversion clips instead of scaling
@@ -105,7 +128,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _upright(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
     """Undo EXIF orientations 2 to 8 of a (3, H, W) tensor; unknown values count as upright."""
-    if orientation in (5, 6, 7, 8):
+    if orientation in TURNED:
         pixels = pixels.transpose(1, 2)
     flips = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation, ())
     return pixels.flip(flips) if flips else pixels

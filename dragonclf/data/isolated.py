@@ -1,6 +1,6 @@
 """Decode in a process of its own, so that what kills or hangs a decoder costs that process and names the image.
 
-Slower than `images.decode` by the copy of the pixels, so it is for images near one that killed a process. The child runs `images.decode`
+Slower than `images.read` by the copy of the pixels, so it is for images near one that killed a process. The child runs `images.read`
 and nothing else; bytes go in and pixels come out through pipes, each message a line of JSON and then as many bytes as it says.
 
 An image that fails in a child which others share, or have used before, is not blamed: it is tried once more in a fresh one, with more
@@ -21,7 +21,7 @@ import torch
 
 from dragonclf.config import MAX_PIXELS
 from dragonclf.data import images
-from dragonclf.data.images import ImageError
+from dragonclf.data.images import ImageError, Picture
 
 NO_MEMORY = "no memory"  # a child's answer, no status of a row
 _ALONE = threading.Lock()  # held by the one image of this process that is tried with all memory
@@ -47,20 +47,20 @@ class Decoder:
         self._alone_bytes, self._first_bytes = max_bytes // 2, max_bytes // (2 * share)
         self._child: subprocess.Popen[bytes] | None = None
 
-    def decode(self, data: bytes) -> torch.Tensor:
-        """Return what `images.decode` does.
+    def read(self, data: bytes, *, min_side: int | None = None) -> Picture:
+        """Return what `images.read` does.
 
         Raises:
-            ImageError: as `images.decode`; `timeout` (took longer than `max_s`), `decoder_crash` (ended the process twice, or needs more
+            ImageError: as `images.read`; `timeout` (took longer than `max_s`), `decoder_crash` (ended the process twice, or needs more
                 memory than there is for an image alone).
             OSError: no child can be started, or something outside ends them.
         """
         with contextlib.suppress(_CrashError):
-            return self._decode(data, self._first_bytes)
+            return self._read(data, min_side, self._first_bytes)
         with _ALONE:
             self.close()
             try:
-                return self._decode(data, self._alone_bytes)
+                return self._read(data, min_side, self._alone_bytes)
             except _CrashError as crash:
                 if crash.code == -signal.SIGKILL:  # no codec does that: the kernel, for want of memory, or a person
                     raise OSError(
@@ -71,7 +71,7 @@ class Decoder:
             finally:
                 self.close()
 
-    def _decode(self, data: bytes, max_bytes: int) -> torch.Tensor:
+    def _read(self, data: bytes, min_side: int | None, max_bytes: int) -> Picture:
         child = self._started(max_bytes)
         hung = threading.Event()
         alarm = threading.Timer(self._max_s, _end, (child, hung))
@@ -79,7 +79,7 @@ class Decoder:
         try:
             assert child.stdin is not None
             assert child.stdout is not None
-            _send(child.stdin, {}, data)
+            _send(child.stdin, {"min_side": min_side}, data)
             answer, pixels = _receive(child.stdout)
         except (OSError, EOFError):
             code = child.wait()
@@ -93,7 +93,7 @@ class Decoder:
             raise _CrashError(answer["reason"])
         if "status" in answer:
             raise ImageError(answer["status"], answer["reason"])
-        return torch.frombuffer(pixels, dtype=torch.uint8).reshape(answer["shape"])
+        return Picture(torch.frombuffer(pixels, dtype=torch.uint8).reshape(answer["shape"]), *answer["whole"])
 
     def close(self) -> None:
         """End the child."""
@@ -166,20 +166,20 @@ def _serve(max_pixels: int, max_bytes: int, max_s: float) -> None:
     _send(answers, {})
     while True:
         try:
-            _, data = _receive(sys.stdin.buffer)
+            asked, data = _receive(sys.stdin.buffer)
         except EOFError:
             return
         # If the parent is gone it cannot end a decode that hangs: SIGALRM's own action does, whatever the decoder holds.
         signal.setitimer(signal.ITIMER_REAL, 2 * max_s)
-        _answer(answers, bytes(data), max_pixels, max_bytes)
+        _answer(answers, bytes(data), asked["min_side"], max_pixels, max_bytes)
         signal.setitimer(signal.ITIMER_REAL, 0)
         del data  # the next image has all the memory
 
 
-def _answer(answers: IO[bytes], data: bytes, max_pixels: int, max_bytes: int) -> None:
+def _answer(answers: IO[bytes], data: bytes, min_side: int | None, max_pixels: int, max_bytes: int) -> None:
     try:
-        image = images.decode(data, max_pixels=max_pixels)
-        _send(answers, {"shape": list(image.shape)}, image.numpy().reshape(-1).data)
+        pixels, *whole = images.read(data, max_pixels=max_pixels, min_side=min_side)
+        _send(answers, {"shape": list(pixels.shape), "whole": whole}, pixels.numpy().reshape(-1).data)
     except ImageError as error:
         _send(answers, {"status": error.status, "reason": error.reason})
     except MemoryError:

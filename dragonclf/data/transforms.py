@@ -28,19 +28,30 @@ class Transform(BaseModel):
     interpolation: str = Field(pattern="^(bilinear|bicubic)$", description="Resampling filter, always antialiased.")
     mean: tuple[float, float, float] = Field(description="Mean of each RGB channel, on the scale 0 to 1.")
     std: tuple[float, float, float] = Field(description="Standard deviation of each RGB channel, on the scale 0 to 1.")
+    min_side: int | None = Field(
+        default=None,
+        gt=0,
+        description="A JPEG is decoded at 1/2, 1/4 or 1/8 where its shorter side still has that many pixels then. None: always whole.",
+    )
 
     @property
     def digest(self) -> str:
         """Twelve hex digits that change when the same bytes would give other pixels."""
         return hashlib.sha256(f"{DECODE_VERSION} {self.model_dump_json()}".encode()).hexdigest()[:12]
 
+    @property
+    def short_side(self) -> int:
+        """Of the image that `for_eval` crops, in pixels."""
+        return math.floor(self.size / self.crop_pct)
+
     def for_eval(self, image: torch.Tensor) -> torch.Tensor:
         """Resize the short side, crop the centre: uint8 (3, H, W) to uint8 (3, size, size), in memory in the order that `image` has."""
         height, width = image.shape[1:]
         longest = MAX_ASPECT * min(height, width)
         image = F.center_crop(image, [min(height, longest), min(width, longest)])
-        short = math.floor(self.size / self.crop_pct)
-        resized = F.resize(image, [short], interpolation=InterpolationMode(self.interpolation), antialias=True)
+        resized = F.resize(
+            image, [self.short_side], interpolation=InterpolationMode(self.interpolation), antialias=True
+        )
         return F.center_crop(resized, [self.size, self.size])
 
     def new_batch(self, count: int) -> np.ndarray:

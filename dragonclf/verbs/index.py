@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from dragonclf import storage
 from dragonclf.config import IndexConfig
 from dragonclf.data import images, listing, selection, snapshot
+from dragonclf.data.images import Picture
 from dragonclf.engine import job, plan, published, runs
 from dragonclf.engine.image_work import ImageWork
 from dragonclf.engine.pipeline import Limits, ShardResult
@@ -76,13 +76,13 @@ class IndexWorker:
     """Size in pixels and SHA-256 of each image."""
 
     batch_size = 64
+    min_side = None  # whole: what can be trained on is decided here
 
     def new_batch(self) -> None:
         return None
 
-    def read(self, data: bytes, image: torch.Tensor) -> tuple[dict[str, Any], None]:
-        _, height, width = image.shape
-        return {"width": width, "height": height, "sha256": hashlib.sha256(data).hexdigest()}, None
+    def read(self, data: bytes, picture: Picture) -> tuple[dict[str, Any], None]:
+        return {"width": picture.width, "height": picture.height, "sha256": hashlib.sha256(data).hexdigest()}, None
 
     def predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         raise AssertionError("an index has no model")

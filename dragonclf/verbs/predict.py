@@ -6,6 +6,7 @@ from pydantic import BaseModel, Field
 from dragonclf import storage
 from dragonclf.config import PredictConfig
 from dragonclf.data import images
+from dragonclf.data.transforms import Transform
 from dragonclf.model import bundle, precision
 from dragonclf.model.execution import resolve_execution
 from dragonclf.model.predictor import softmax
@@ -47,7 +48,7 @@ def predict(config: PredictConfig) -> PredictSummary:
         pixels = predictor.transform.new_batch(len(batch))
         for slot, row in enumerate(batch):
             try:
-                pixels[slot] = predictor.transform.for_eval(_decode(row.uri, config)).numpy()
+                pixels[slot] = predictor.transform.for_eval(_decode(row.uri, config, predictor.transform)).numpy()
             except images.ImageError as error:
                 row.status, row.error = error.status, error.reason
         for row, probs in zip(batch, softmax(predictor(pixels)[0]), strict=True):
@@ -57,7 +58,7 @@ def predict(config: PredictConfig) -> PredictSummary:
     return PredictSummary(model_version=loaded.version, predictions=rows)
 
 
-def _decode(uri: str, config: PredictConfig) -> torch.Tensor:
+def _decode(uri: str, config: PredictConfig, transform: Transform) -> torch.Tensor:
     try:
         data = storage.get(uri)
     except storage.ObjectMissingError as error:
@@ -66,4 +67,4 @@ def _decode(uri: str, config: PredictConfig) -> torch.Tensor:
         raise images.ImageError("denied", str(error)) from error
     if len(data) > config.max_image_bytes:
         raise images.ImageError("too_large", f"{len(data):,} bytes, over the limit of {config.max_image_bytes:,}")
-    return images.decode(data, max_pixels=config.max_pixels)
+    return images.decode(data, max_pixels=config.max_pixels, min_side=transform.min_side)

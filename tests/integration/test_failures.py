@@ -18,12 +18,11 @@ from typing import Any
 import pandas as pd
 import pytest
 import ray
-import torch
 
 import dragonclf
 from dragonclf import session, storage
 from dragonclf.config import RayConfig, RescoreConfig, RunConfig, ScoreConfig
-from dragonclf.data import listing
+from dragonclf.data import images, listing
 from dragonclf.demo.local_s3 import LocalS3
 from dragonclf.engine import execute, job, plan
 from dragonclf.engine.pipeline import Limits
@@ -222,10 +221,10 @@ class DeadlyTask(index.IndexTask):
 
 
 class DeadlyWorker(index.IndexWorker):
-    def read(self, data: bytes, image: torch.Tensor) -> tuple[dict[str, Any], None]:
-        if image.shape[2] == 13:
+    def read(self, data: bytes, picture: images.Picture) -> tuple[dict[str, Any], None]:
+        if picture.width == 13:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().read(data, image)
+        return super().read(data, picture)
 
 
 def test_a_shard_that_ends_every_process_is_named_and_all_others_are_done(

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dragonclf.data.images import ImageError, decode
+from dragonclf.data.images import ImageError, decode, read
+from dragonclf.data.transforms import Transform
 from tests.conftest import encoded
 
 T = Image.Transpose
@@ -46,9 +47,9 @@ def pixels(data: bytes) -> np.ndarray:
     return decoded.permute(1, 2, 0).numpy().astype(int)
 
 
-def decoded_or_error(data: bytes) -> torch.Tensor | ImageError:
+def decoded_or_error(data: bytes, *, min_side: int | None = None) -> torch.Tensor | ImageError:
     try:
-        return decode(data, max_pixels=10**6)
+        return decode(data, max_pixels=10**6, min_side=min_side)
     except ImageError as error:
         return error
 
@@ -203,12 +204,58 @@ def test_damaged_exif_costs_no_image(exif: bytes):
         assert pixels(data).shape == (32, 48, 3)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_cut_short_anywhere_is_an_error_or_the_whole_picture(kind: str):
+@pytest.mark.parametrize(
+    ("min_side", "scale"), [(None, 1), (120, 1), (61, 1), (60, 2), (31, 2), (30, 4), (16, 4), (15, 8), (1, 8)]
+)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_jpeg_is_reduced_while_enough_is_left(min_side: int | None, scale: int, mode: str):
+    data = saved(Image.fromarray(picture(160, 120)).convert(mode), "JPEG", quality=95)
+    found = read(data, min_side=min_side)
+    assert (found.width, found.height) == (160, 120)
+    assert found.pixels.shape == (3, 120 // scale, 160 // scale)
+    averaged = pixels(data).reshape(120 // scale, scale, 160 // scale, scale, 3).mean(axis=(1, 3))
+    assert np.abs(found.pixels.permute(1, 2, 0).numpy() - averaged).mean() < 1
+
+
+def test_a_reduced_photograph_is_nearly_the_whole_one_once_it_is_small():
+    small = Image.open(io.BytesIO(photo())).convert("RGB").resize((1600, 1200), Image.Resampling.LANCZOS)
+    data = saved(small, "JPEG", quality=92)
+    transform = Transform(size=224, crop_pct=0.875, interpolation="bicubic", mean=(0, 0, 0), std=(1, 1, 1))
+    whole, reduced = (transform.for_eval(decode(data, min_side=side)).float() for side in (None, 512))
+    difference = (whole - reduced).abs()
+    assert 0 < difference.mean() < 0.5
+    assert difference.max() <= 8
+
+
+def test_all_but_jpegs_are_decoded_whole():
+    upright = Image.fromarray(picture(160, 120))
+    for kind in ("PNG", "WEBP", "TIFF", "GIF"):
+        assert read(saved(upright, kind), min_side=10).pixels.shape == (3, 120, 160)
+    assert read(saved(upright.convert("CMYK"), "JPEG"), min_side=10).pixels.shape[1:] in {(15, 20), (120, 160)}
+
+
+def test_a_reduced_jpeg_is_upright_and_tells_the_size_of_the_whole():
+    upright = Image.fromarray(picture(192, 128))
+    for orientation, operation in STORED_AS.items():
+        exif = Image.Exif()
+        exif[274] = orientation
+        stored = upright if operation is None else upright.transpose(operation)
+        for kind, options in (("JPEG", {}), ("MPO", {"save_all": True, "append_images": [stored]})):
+            found = read(saved(stored, kind, exif=exif, quality=95, **options), min_side=32)
+            assert (found.width, found.height) == (192, 128)
+            small = np.asarray(upright.reduce(4)).astype(int)
+            assert np.abs(found.pixels.permute(1, 2, 0).numpy() - small).mean() < 4, f"orientation {orientation}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "min_side"),
+    [("JPEG", None), ("JPEG", 20), *((kind, None) for kind in ("PNG", "WEBP", "GIF", "BMP", "TIFF"))],
+)
+def test_cut_short_anywhere_is_an_error_or_the_whole_picture(kind: str, min_side: int | None):
     whole = saved(Image.fromarray(picture(160, 120)), kind)
-    expected = decode(whole)
+    expected = decode(whole, min_side=min_side)
     for cut in np.linspace(1, len(whole) - 1, 20).astype(int):
-        decoded = decoded_or_error(whole[:cut])
+        decoded = decoded_or_error(whole[:cut], min_side=min_side)
         if isinstance(decoded, ImageError):
             assert decoded.status == "unreadable" or cut < 4, f"{cut} bytes: {decoded}"
             assert "\n" not in decoded.reason

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 from PIL import Image
 
 from dragonclf import storage
 from dragonclf.data import images
+from dragonclf.data.images import Picture
 from dragonclf.demo.local_s3 import LocalS3
 from dragonclf.engine.pipeline import Limits, Pipeline, ShardResult, SuspectError
 from tests.conftest import use_identity
@@ -30,6 +30,7 @@ class NumberWorker:
     """An image is a number, its one pixel; the model doubles it and tells what else was in its batch."""
 
     batch_size = BATCH
+    min_side = None
 
     def __init__(self, *, delay_s: float = 0.0):
         self.batches: list[tuple[int, ...]] = []
@@ -38,8 +39,8 @@ class NumberWorker:
     def new_batch(self) -> np.ndarray | None:
         return np.zeros((BATCH, 2), np.uint8)
 
-    def read(self, data: bytes, image: torch.Tensor) -> tuple[dict[str, Any], np.ndarray | None]:
-        number = int(image[0, 0, 0])
+    def read(self, data: bytes, picture: Picture) -> tuple[dict[str, Any], np.ndarray | None]:
+        number = int(picture.pixels[0, 0, 0])
         if self._delay_s:
             time.sleep(self._delay_s * (hash((number, threading.get_ident())) % 7))
         return {"number": number}, np.array([number, 1], np.uint8)
@@ -177,7 +178,7 @@ def test_shards_of_any_size(count: int, tmp_path: Path):
 def test_without_a_model_nothing_is_predicted(tmp_path: Path):
     worker = NumberWorker()
     worker.new_batch = lambda: None
-    worker.read = lambda data, image: ({"number": int(image[0, 0, 0])}, None)  # pyright: ignore[reportAttributeAccessIssue]
+    worker.read = lambda data, picture: ({"number": int(picture.pixels[0, 0, 0])}, None)  # pyright: ignore[reportAttributeAccessIssue]
     table = pipeline_of(worker, 2).process(plan_of(write_numbers(tmp_path, range(9))))
     assert (table["number"].to_pylist(), worker.batches) == (list(range(9)), [])
 
@@ -327,17 +328,18 @@ def test_a_replaced_object_is_scored_as_it_is_and_says_so(tmp_path: Path):
 
 def test_an_image_that_takes_too_long_makes_its_shard_suspect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     uris = write_numbers(tmp_path, range(12))
-    decode = images.decode
+    read = images.read
 
-    def slow(data: bytes, **limits: int) -> torch.Tensor:
-        image = decode(data, **limits)
-        if int(image[0, 0, 0]) == 5:
+    def slow(data: bytes, **limits: Any) -> Picture:
+        picture = read(data, **limits)
+        number = int(picture.pixels[0, 0, 0])
+        if number == 5:
             time.sleep(1.5)
-        if int(image[0, 0, 0]) == 6 and starved:
+        if number == 6 and starved:
             raise MemoryError
-        return image
+        return picture
 
-    monkeypatch.setattr(images, "decode", slow)
+    monkeypatch.setattr(images, "read", slow)
     starved = False
     pipeline = pipeline_of(NumberWorker(), 2, max_s=0.3)
     with pytest.raises(SuspectError, match=r"was not decoded in 0\.3 s"):
@@ -390,7 +392,7 @@ def test_bytes_in_flight_are_bounded_also_by_one_that_is_larger(tmp_path: Path, 
     flying, most, lock = 0, 0, threading.Lock()
     read = worker.read
 
-    def counted(data: bytes, image: torch.Tensor) -> tuple[dict[str, Any], np.ndarray | None]:
+    def counted(data: bytes, picture: Picture) -> tuple[dict[str, Any], np.ndarray | None]:
         nonlocal flying, most
         with lock:
             flying += 1
@@ -398,7 +400,7 @@ def test_bytes_in_flight_are_bounded_also_by_one_that_is_larger(tmp_path: Path, 
         time.sleep(0.002)
         with lock:
             flying -= 1
-        return read(data, image)
+        return read(data, picture)
 
     worker.read = counted  # pyright: ignore[reportAttributeAccessIssue]
     uris = write_numbers(tmp_path, range(24))
