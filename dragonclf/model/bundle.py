@@ -26,7 +26,7 @@ from dragonclf import storage
 from dragonclf.data.images import ImageError, decode
 from dragonclf.data.transforms import Transform
 from dragonclf.model import precision
-from dragonclf.model.execution import Execution
+from dragonclf.model.execution import PRECISIONS, Execution
 from dragonclf.model.predictor import Predictor
 from dragonclf.storage.errors import first_line
 
@@ -109,7 +109,7 @@ def save_bundle(
     } | {f"canaries/{index}": image for index, image in enumerate(canaries)}
     info = BundleInfo(
         format=1, arch=arch, classes=list(classes), transform=transform, pretrained=pretrained, snapshot=snapshot,
-        config=config, metrics=metrics, logit_bounds={"torch/f32": bound, "openvino/f32": bound}, num_canaries=len(canaries),
+        config=config, metrics=metrics, logit_bounds={f"{runtime}/f32": bound for runtime, _ in PRECISIONS}, num_canaries=len(canaries),
         created=datetime.now(UTC).isoformat(timespec="seconds"), versions=versions(),
         files={name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     )  # fmt: skip

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict
 PRECISIONS = {
     ("torch", "cpu"): ("f32", "bf16"),
     ("torch", "cuda"): ("f32", "fp16", "bf16"),
+    ("inductor", "cpu"): ("f32", "bf16"),
+    ("inductor", "cuda"): ("f32", "fp16", "bf16"),
     ("openvino", "cpu"): ("f32", "bf16", "int8"),
 }
 # Instructions by which runtimes choose the kernels of a low precision.
@@ -26,7 +28,7 @@ class Execution(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    runtime: Literal["torch", "openvino"]
+    runtime: Literal["torch", "inductor", "openvino"]
     device: Literal["cpu", "cuda"]
     precision: Literal["f32", "bf16", "fp16", "int8"]
 

@@ -84,8 +84,12 @@ class Predictor:
         self._head = Head(model)
         assert (execution.precision == "int8") == (quantized is not None)
         body = Body(model, transform).eval()
+        how = execution.device, execution.precision
         if execution.runtime == "torch":
-            self._forward = runtimes.on_torch(body, execution.device, execution.precision, num_threads=num_threads)
+            self._forward = runtimes.on_torch(body, *how, num_threads=num_threads)
+            return
+        if execution.runtime == "inductor":
+            self._forward = runtimes.on_inductor(body, *how, transform.new_batch(batch_size), num_threads=num_threads)
             return
         size, hint = transform.size, execution.precision
         if quantized is not None:

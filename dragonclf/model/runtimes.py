@@ -1,4 +1,4 @@
-"""The runtimes that compute a network's features, each for batches of one size: torch and OpenVINO."""
+"""The runtimes that compute a network's features, each for batches of one size: torch, torch.compile (inductor) and OpenVINO."""
 
 import contextlib
 import hashlib
@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from dragonclf.storage.errors import first_line
+
 if TYPE_CHECKING:
     import openvino
 
@@ -30,11 +32,12 @@ IR = "model.xml"  # OpenVINO's format, with the weights in model.bin
 MAX_CACHED = 8  # converted models, the least recently used of which goes
 
 
-def on_torch(body: nn.Module, device: str, precision: str, *, num_threads: int) -> Forward:
+def on_torch(body: nn.Module, device: str, precision: str, *, num_threads: int, compiled: bool = False) -> Forward:
     """In a low precision, torch's autocast decides what stays in f32."""
     torch.set_num_threads(num_threads)
     torch.backends.cudnn.allow_tf32 = False  # f32 means f32, on every GPU
     body = body.to(device).to(memory_format=torch.channels_last)
+    run = torch.compile(body, dynamic=False) if compiled else body
     pinned = device == "cuda"  # what is not can only be copied while the CPU waits
 
     @torch.inference_mode()
@@ -44,9 +47,22 @@ def on_torch(body: nn.Module, device: str, precision: str, *, num_threads: int) 
             device, memory_format=torch.channels_last, non_blocking=pinned
         )
         with torch.autocast(device, dtype=DTYPES.get(precision), enabled=precision in DTYPES):
-            features = body(batch)
+            features = run(batch)
         return features.float().cpu().numpy()
 
+    return forward
+
+
+def on_inductor(body: nn.Module, device: str, precision: str, blank: np.ndarray, *, num_threads: int) -> Forward:
+    """`on_torch` by torch.compile, for batches like `blank`, compiled now: it takes a minute. ValueError where that cannot be done."""
+    forward = on_torch(body, device, precision, num_threads=num_threads, compiled=True)
+    try:
+        forward(blank)
+    except RuntimeError as error:
+        raise ValueError(
+            f"torch.compile fails on this machine ({first_line(error)}): it needs a C++ compiler for the CPU, Triton for a GPU; "
+            "or use --runtime torch"
+        ) from error
     return forward
 
 

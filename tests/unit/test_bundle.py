@@ -3,6 +3,10 @@
 import hashlib
 import io
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -243,6 +247,31 @@ def test_torch_and_openvino_agree_and_batches_change_nothing(batch_size: int, tm
     np.testing.assert_array_equal(first, by_openvino[0][:1])  # a later call does not write into an earlier result
 
 
+def test_a_compiled_model_gives_the_same(tmp_path: Path):
+    loaded = save(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 64, 64), dtype=np.uint8)
+    by_torch, by_inductor = (
+        bundle.open_predictor(loaded, TORCH.model_copy(update={"runtime": runtime}), batch_size=2, num_threads=2)
+        for runtime in ("torch", "inductor")
+    )
+    for start in (0, 2):
+        for one, other in zip(by_torch(pixels[start : start + 2]), by_inductor(pixels[start : start + 2]), strict=True):
+            assert np.abs(one - other).max() <= 1e-3
+
+
+def test_where_nothing_can_be_compiled_it_says_so(tmp_path: Path):
+    save(tmp_path)
+    code = (
+        "from dragonclf.model import bundle\nfrom dragonclf.model.execution import Execution\n"
+        f"loaded = bundle.load_bundle({str(tmp_path)!r})\n"
+        "try:\n    bundle.open_predictor(loaded, Execution(runtime='inductor', device='cpu', precision='f32'), batch_size=2)\n"
+        "except ValueError as error:\n    print(error)\n"
+    )
+    nowhere = os.environ | {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", code], env=nowhere, capture_output=True, text=True, timeout=120)
+    assert re.match(r"torch.compile fails on this machine \(.+\): it needs a C\+\+ compiler", done.stdout), done.stderr
+
+
 def test_features_times_the_head_are_the_logits():
     network = model()
     predictor = Predictor(network, TRANSFORM, TORCH, batch_size=2, num_threads=1)
@@ -269,6 +298,7 @@ def test_softmax():
         (("auto", "auto"), True, ("torch", "cuda")),
         (("torch", "auto"), False, ("torch", "cpu")),
         (("openvino", "auto"), True, ("openvino", "cpu")),
+        (("inductor", "auto"), True, ("inductor", "cuda")),
         (("auto", "cpu"), True, ("openvino", "cpu")),
     ],
 )
