@@ -98,7 +98,7 @@ class Predictor:
             converted = runtimes.convert(body, size)
         else:
             converted = runtimes.convert_cached(body, size, cache_key)
-        self._forward = runtimes.on_openvino(converted, hint, batch_size, num_threads=num_threads)
+        self._forward = runtimes.on_openvino(converted, hint, num_threads=num_threads)
 
     @property
     def num_features(self) -> int:

@@ -22,7 +22,7 @@ def body(seed: int = 0) -> Body:
 
 
 def features(model: object, pixels: np.ndarray) -> np.ndarray:
-    return runtimes.on_openvino(model, "f32", len(pixels), num_threads=1)(pixels)  # pyright: ignore[reportArgumentType]
+    return runtimes.on_openvino(model, "f32", num_threads=1)(pixels)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture
@@ -44,6 +44,24 @@ def test_it_is_converted_once_and_is_the_same(kept: Path, monkeypatch: pytest.Mo
     np.testing.assert_array_equal(features(runtimes.convert(body(), SIZE), PIXELS), first)
     np.testing.assert_allclose(first, runtimes.on_torch(body(), "cpu", "f32", num_threads=1)(PIXELS), atol=1e-4)
     assert len(list(kept.iterdir())) == 2
+
+
+def test_an_image_is_the_same_in_any_batch_and_by_any_number_of_threads():
+    many = np.random.default_rng(1).integers(0, 256, (7, 3, SIZE, SIZE), np.uint8)
+    model, runs = body(), []
+    for num_threads in (1, 3):
+        forward = runtimes.on_openvino(runtimes.convert(model, SIZE), "f32", num_threads=num_threads)
+        runs += [
+            forward(many),
+            forward(many[:2]),
+            forward(many[:1]),
+            np.concatenate([forward(many[:4]), forward(many[4:])]),
+        ]
+    for found in runs:
+        np.testing.assert_array_equal(found, runs[0][: len(found)])
+    by_torch = runtimes.on_torch(model, "cpu", "f32", num_threads=1)(many)
+    np.testing.assert_allclose(runs[0], by_torch, atol=1e-4)
+    assert np.abs(np.diff(by_torch, axis=0)).max() > 1e-3  # no two images look alike to it
 
 
 def test_only_so_many_are_kept(kept: Path, monkeypatch: pytest.MonkeyPatch):
