@@ -1,7 +1,7 @@
 """The transform between a decoded image and the model: uint8 in, uint8 out, the same in training, evaluation and scoring.
 
 Scaling to floats and normalising happen inside the network (`model.network`), so that a transformed image is a quarter of the bytes and
-both runtimes share the arithmetic. Train-time augmentation draws its randomness from (seed, epoch, sample) alone.
+all runtimes share the arithmetic. Train-time augmentation draws its randomness from (seed, epoch, sample) alone.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ class Transform(BaseModel):
     @property
     def digest(self) -> str:
         """Twelve hex digits that change when the same bytes would give other pixels."""
-        return hashlib.sha256(f"{DECODE_VERSION} {self.model_dump_json()}".encode()).hexdigest()[:12]
+        return hashlib.sha256(f"{DECODE_VERSION} {self.model_dump_json(exclude_none=True)}".encode()).hexdigest()[:12]
 
     @property
     def short_side(self) -> int:

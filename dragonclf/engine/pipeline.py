@@ -28,7 +28,7 @@ from dragonclf.engine.fetch import ImageReader
 MAX_FETCHES = 64
 MAX_BYTES_IN_FLIGHT = 512 * 2**20
 MAX_BATCHES = 4  # fetched, decoded or waiting for the model at one time
-UNKNOWN_SIZE = 2**20  # bytes counted for an image whose size the plan does not know
+UNKNOWN_SIZE = MAX_BYTES_IN_FLIGHT // MAX_FETCHES  # counted for an image whose size the plan does not know
 SCORED = ("ok", "changed")  # statuses of images that were read, decoded and predicted
 
 

@@ -116,8 +116,8 @@ def find(uri: str, version: str, execution: Execution) -> Admission:
     if found is None:
         raise ValueError(
             f"the bundle at {uri} does not admit {execution.precision} by {execution.runtime} on this processor "
-            f"({processor(execution.device)}): prove it with `dragonclf export {uri} DATA --precision {execution.precision}` on such a "
-            "machine, or use --precision f32"
+            f"({processor(execution.device)}): prove it with `dragonclf export {uri} DATA --precision {execution.precision} "
+            f"--runtime {execution.runtime} --device {execution.device}` on such a machine, or use --precision f32"
         )
     return found
 

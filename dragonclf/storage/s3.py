@@ -9,8 +9,10 @@ does not pass in half a minute is for a person, not for patience.
 import asyncio
 import contextlib
 import functools
+import math
 import re
 import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -232,6 +234,7 @@ def forget_clients() -> None:
     """Read the AWS_* variables anew at the next operation."""
     _client.cache_clear()
     _stores.clear()
+    _failures.clear()
 
 
 def _obstore_keeps(key: str) -> bool:
@@ -246,7 +249,7 @@ def _client() -> "S3Client":
         config=Config(
             connect_timeout=CONNECT_TIMEOUT_S,
             read_timeout=READ_TIMEOUT_S,
-            retries={"mode": "standard", "total_max_attempts": 1},  # `_call` tries again, within a time
+            retries={"mode": "standard", "total_max_attempts": 1},  # `call` tries again, within a time
             max_pool_connections=64,
         ),
     )
@@ -255,13 +258,24 @@ def _client() -> "S3Client":
 
 
 _stores: dict[str, S3Store] = {}
+_failures: dict[str, tuple[float, StorageError]] = {}  # bucket -> when it could not be opened, and why
 _opening = threading.Lock()
 
 
 def _obstore(bucket: str) -> S3Store:
     """One store per bucket, with boto3's credentials and endpoint, and the bucket's own region."""
-    with _opening:  # many images ask for the first time at once
-        return _stores.get(bucket) or _open_obstore(bucket)
+    asked_s = time.monotonic()
+    with _opening:  # many images ask for the first time at once: one tries, for all that wait
+        failed_s, error = _failures.get(bucket, (-math.inf, None))
+        if error is not None and failed_s > asked_s:
+            raise error
+        if bucket not in _stores:
+            try:
+                _stores[bucket] = _open_obstore(bucket)
+            except StorageError as failure:
+                _failures[bucket] = time.monotonic(), failure
+                raise
+        return _stores[bucket]
 
 
 def _open_obstore(bucket: str) -> S3Store:
@@ -269,7 +283,7 @@ def _open_obstore(bucket: str) -> S3Store:
     endpoint = client.meta.endpoint_url
     is_aws = _is_aws(endpoint)
     region = call("find", f"s3://{bucket}", lambda: _region(bucket))
-    _stores[bucket] = S3Store(
+    return S3Store(
         bucket,
         region=region,
         endpoint=None if is_aws else endpoint,  # pyright: ignore[reportArgumentType]  None is as good as absent
@@ -289,7 +303,6 @@ def _open_obstore(bucket: str) -> S3Store:
             },
         },
     )
-    return _stores[bucket]
 
 
 def _is_aws(endpoint: str) -> bool:

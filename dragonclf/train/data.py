@@ -107,7 +107,7 @@ class Images:
         except (images.ImageError, storage.ObjectMissingError) as error:
             raise _lost(uri, str(error)) from error
         if self._seed is None:
-            return self._transform.for_eval(image)
+            return self._transform.for_eval(image).clone()  # a view would keep the whole image
         return self._transform.for_train(image, seed=self._seed, epoch=epoch, sample=sample)
 
 

@@ -106,7 +106,7 @@ def test_replaced_defaults():
         (config.IndexConfig, {"source": "s", "out": "o", "valid_fraction": 1.5}, ["--valid-fraction: ", "less than 1", "1.5"]),
         (config.TrainConfig, {"data": "d", "out": "o", "name": "../up", "epochs": 0}, ["--name: ", "'../up'", "--epochs: ", "0"]),
         (config.ScoreConfig, {"model": "m", "source": "s", "out": "o", "typo": 1}, ["--typo: ", "not permitted"]),
-        (config.ScoreConfig, {"model": "m", "source": "s", "out": "o", "runtime": "tf"}, ["--runtime: ", "'auto', 'torch' or 'openvino'"]),
+        (config.ScoreConfig, {"model": "m", "source": "s", "out": "o", "runtime": "tf"}, ["--runtime: ", "'auto', 'torch', 'inductor' or"]),
         (config.PredictConfig, {"model": "m", "images": []}, ["at least 1 item"]),
     ],
 )  # fmt: skip

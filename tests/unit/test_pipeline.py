@@ -386,8 +386,32 @@ def test_a_pipeline_works_on_after_a_shard_that_failed(tmp_path: Path, monkeypat
     assert table["double"].to_pylist() == [2 * i for i in range(60)]
 
 
-def test_bytes_in_flight_are_bounded_also_by_one_that_is_larger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_images_are_fetched_while_others_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dragonclf.engine.pipeline.MAX_FETCHES", 1)
+    worker, fetch, fetched = NumberWorker(), storage.fetch, threading.Semaphore(0)
+    read = worker.read
+
+    async def counted(uri: str) -> tuple[bytes, str]:
+        fetched.release()
+        return await fetch(uri)
+
+    def waits_for_all(data: bytes, picture: Picture) -> tuple[dict[str, Any], np.ndarray | None]:
+        assert all(fetched.acquire(timeout=10) for _ in range(BATCH)), "no image is fetched before one is decoded"
+        fetched.release(BATCH)
+        return read(data, picture)
+
+    monkeypatch.setattr(storage, "fetch", counted)
+    worker.read = waits_for_all  # pyright: ignore[reportAttributeAccessIssue]
+    table = pipeline_of(worker, 1).process(plan_of(write_numbers(tmp_path, range(BATCH))))
+    assert table["double"].to_pylist() == [2 * i for i in range(BATCH)]
+
+
+@pytest.mark.parametrize("sizes", [[5] * 20 + [90] * 4, [None] * 24])
+def test_bytes_in_flight_are_bounded_also_by_one_that_is_larger(
+    sizes: list[int | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr("dragonclf.engine.pipeline.MAX_BYTES_IN_FLIGHT", 10)
+    monkeypatch.setattr("dragonclf.engine.pipeline.UNKNOWN_SIZE", 5)
     worker = NumberWorker()
     flying, most, lock = 0, 0, threading.Lock()
     read = worker.read
@@ -404,6 +428,6 @@ def test_bytes_in_flight_are_bounded_also_by_one_that_is_larger(tmp_path: Path, 
 
     worker.read = counted  # pyright: ignore[reportAttributeAccessIssue]
     uris = write_numbers(tmp_path, range(24))
-    table = pipeline_of(worker, 8).process(plan_of(uris, [5] * 20 + [90] * 4))
+    table = pipeline_of(worker, 8).process(plan_of(uris, sizes))
     assert table["double"].to_pylist() == [2 * i for i in range(24)]
     assert most <= 2

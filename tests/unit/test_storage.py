@@ -5,12 +5,14 @@ import contextlib
 import http.server
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from moto.server import ThreadedMotoServer
+from obstore.store import S3Store
 
 from dragonclf import storage
 from dragonclf.demo.local_s3 import LocalS3
@@ -340,6 +342,31 @@ def test_s3_keys_that_are_no_normal_paths_keep_apart(monkeypatch: pytest.MonkeyP
     finally:
         server.stop()
         s3.forget_clients()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_images_that_wait_for_a_bucket_to_be_opened_share_the_one_try(
+    fails: bool, s3_env: LocalS3, monkeypatch: pytest.MonkeyPatch
+):
+    storage.put("s3://work/once/x", b"x")
+    opened, tries = s3._open_obstore, []
+
+    def slow(bucket: str) -> S3Store:
+        tries.append(bucket)
+        time.sleep(0.3)
+        if fails and len(tries) == 1:
+            raise storage.StorageError("not now")
+        return opened(bucket)
+
+    async def many() -> list[object]:
+        return await asyncio.gather(*(storage.fetch("s3://work/once/x") for _ in range(5)), return_exceptions=True)
+
+    s3.forget_clients()
+    monkeypatch.setattr(s3, "_open_obstore", slow)
+    found = asyncio.run(many())
+    assert len(tries) == 1
+    assert [str(one) if fails else one[0] for one in found] == ["not now" if fails else b"x"] * 5  # pyright: ignore[reportIndexIssue]
+    assert fetch("s3://work/once/x")[0] == b"x"  # a failure is not kept
 
 
 def test_s3_missing_bucket(s3_env: LocalS3):

@@ -1,5 +1,6 @@
 """What training sees of an image is what scoring sees of it."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -8,33 +9,74 @@ import pytest
 import timm
 import torch
 
-from dragonclf.config import MAX_IMAGE_BYTES, MAX_PIXELS
+from dragonclf.config import MAX_IMAGE_BYTES, MAX_PIXELS, PredictConfig
+from dragonclf.data import images
+from dragonclf.data.images import decode
 from dragonclf.engine.inference import FeatureWorker
 from dragonclf.engine.pipeline import Limits, Pipeline
-from dragonclf.model import zoo
+from dragonclf.model import bundle, zoo
 from dragonclf.model.execution import Execution
 from dragonclf.model.predictor import Predictor
 from dragonclf.train.data import Images
+from dragonclf.verbs.predict import predict
 from tests.conftest import encoded
 
 MODEL, SIZE = "test_resnet.r160_in1k", 64
+F32 = Execution(runtime="torch", device="cpu", precision="f32")
 
 
 @pytest.mark.parametrize("size", [(50, 40), (150, 130), (700, 500), (500, 1100)])
 def test_training_and_scoring_have_the_same_pixels(size: tuple[int, int], tmp_path: Path):
-    (tmp_path / "one.jpg").write_bytes(encoded(size=size))
-    model = timm.create_model(MODEL, pretrained=False)
+    uri = f"{tmp_path}/one.jpg"
+    Path(uri).write_bytes(encoded(size=size))
+    model = timm.create_model(MODEL, pretrained=False, num_classes=2)
     transform = zoo.transform_for(model, size=SIZE)
     assert transform.min_side == 2 * transform.short_side
-    samples = Images([f"{tmp_path}/one.jpg"], ["a"], ["a", "b"], transform, seed=None, num_threads=1)
+    samples = Images([uri], ["a"], ["a", "b"], transform, seed=None, num_threads=1)
     ((trained, _),) = samples.batches([np.zeros(1, np.int64)], epoch=0)
+    seen = spied_on(FeatureWorker(Predictor(model, transform, F32, batch_size=1)))
+    planned = pa.table({"uri": [uri], "etag": pa.nulls(1, pa.string()), "size": pa.nulls(1, pa.int64())})
+    pipeline = Pipeline(seen.worker, num_threads=1, limits=Limits(MAX_IMAGE_BYTES, MAX_PIXELS, 60))
+    for isolate in (False, True):
+        pipeline.process(planned, isolate=isolate)
+    assert len(seen.pixels) == 2
+    for scored in seen.pixels:
+        assert torch.equal(trained, torch.from_numpy(scored))
 
-    f32 = Execution(runtime="torch", device="cpu", precision="f32")
-    worker = FeatureWorker(Predictor(model, transform, f32, batch_size=1))
-    scored: list[np.ndarray] = []
-    worker.predict = lambda pixels: scored.append(pixels.copy()) or {"features": np.zeros((1, 1), np.float32)}
-    planned = pa.table(
-        {"uri": [f"{tmp_path}/one.jpg"], "etag": pa.nulls(1, pa.string()), "size": pa.nulls(1, pa.int64())}
-    )
-    Pipeline(worker, num_threads=1, limits=Limits(MAX_IMAGE_BYTES, MAX_PIXELS, 60)).process(planned)
-    assert torch.equal(trained, torch.from_numpy(scored[0]))
+
+def test_predict_and_the_canaries_have_the_pixels_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    data = encoded(size=(700, 500))
+    (tmp_path / "one.jpg").write_bytes(data)
+    model = timm.create_model(MODEL, pretrained=False, num_classes=2)
+    transform = zoo.transform_for(model, size=SIZE)
+    wanted = transform.for_eval(decode(data, min_side=transform.min_side)).numpy()
+    assert (wanted != transform.for_eval(decode(data)).numpy()).any()
+    made = bundle.save_bundle(
+        f"{tmp_path}/m", model, arch=MODEL, classes=["a", "b"], transform=transform, canaries=[data], pretrained="none", snapshot="",
+        config={}, metrics={},
+    )  # fmt: skip
+    np.testing.assert_array_equal(made.canary_pixels[0], wanted)
+    decoded: list[int | None] = []
+    read = images.decode
+    monkeypatch.setattr(images, "decode", lambda data, **how: decoded.append(how["min_side"]) or read(data, **how))
+    told = predict(PredictConfig(model=made.uri, images=[f"{tmp_path}/one.jpg"], runtime="torch"))
+    assert told.predictions[0].status == "ok"
+    assert decoded == [transform.min_side]
+
+
+@dataclass
+class Seen:
+    worker: FeatureWorker
+    pixels: list[np.ndarray]
+
+
+def spied_on(worker: FeatureWorker) -> Seen:
+    """The worker, and all that its model is given."""
+    seen = Seen(worker, [])
+
+    def predict(pixels: np.ndarray) -> dict[str, np.ndarray]:
+        seen.pixels.append(pixels.copy())
+        return {"features": np.zeros((1, 1), np.float32)}
+
+    worker.predict = predict
+    return seen

@@ -112,10 +112,15 @@ def test_for_train_flips_half_and_keeps_35_to_100_percent():
 def test_digest_changes_with_every_field():
     changed = [
         {}, {"size": 225}, {"crop_pct": 0.9}, {"interpolation": "bilinear"}, {"mean": (0.5, 0.5, 0.4)}, {"std": (0.4, 0.5, 0.5)},
+        {"min_side": 512}, {"min_side": 513},
     ]  # fmt: skip
     digests = [transform(**change).digest for change in changed]
     assert len(set(digests)) == len(changed)
     assert digests[0] == transform().digest
+
+
+def test_the_digest_of_a_transform_without_min_side_is_what_it_was_before_there_was_one():
+    assert transform().digest == "11864f7dc754"
 
 
 @pytest.mark.parametrize(
