@@ -7,6 +7,7 @@ import secrets
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import ray
@@ -21,6 +22,8 @@ log = logging.getLogger("dragonclf")
 LOCAL = "local"
 RAYLET_GONE = 3  # exit code
 RAYLET_POLL_S = 0.05
+RAY_DATA_THREADS = ("StreamingExecutor-", "ray-data-metadata-prefetch", "iter_threaded")
+RAY_DATA_END_S = 60
 LOCAL_OBJECT_STORE_BYTES = 256 * 2**20  # pixels never cross it
 
 
@@ -41,7 +44,10 @@ def connect(address: str) -> Iterator[None]:
         yield
     finally:
         ending.set()  # also when ray.init is interrupted: what ends then is not the raylet's doing
-        ray.shutdown()
+        try:
+            _await_ray_data()
+        finally:
+            ray.shutdown()
 
 
 def has_gpu(address: str) -> bool:
@@ -118,6 +124,18 @@ def _watch_raylet(ending: threading.Event) -> None:
                 )
                 os._exit(RAYLET_GONE)
             return
+
+
+def _await_ray_data() -> None:
+    """Wait for the threads of Ray Data that a closed iteration leaves behind: it waits 2 to 5 s for each, then gives up.
+
+    One that still asks Ray for something while it shuts down ends this process with code 1 and no word, or, a moment later, starts
+    another Ray.
+    """
+    deadline_s = time.monotonic() + RAY_DATA_END_S
+    for thread in threading.enumerate():
+        if thread.name.startswith(RAY_DATA_THREADS):
+            thread.join(max(0.0, deadline_s - time.monotonic()))
 
 
 def _level(debug: bool) -> int:
