@@ -36,14 +36,13 @@ class Probe(BaseModel):
     image_bytes: float = Field(description="Of an encoded image, on average.")
     image_s: float = Field(description="Seconds an image, with all overlapping.")
     image_s_interval: tuple[float, float] = Field(description="95 %, by Student's t over groups of the sample.")
-    start_s: float = Field(description="Until the worker was ready: its process, the model.")
+    seconds: float = Field(description="That it took for the sample, once it was ready.")
     busy: Busy
 
 
 def probe(task: ImageTask, staged: plan.StagedPlan, *, uses_gpu: bool, cpus: int) -> Probe:
     """Do a sample of a plan in one worker of the cluster that is joined. StorageError if its process ends, or the store fails."""
     chunks = _sample(staged)
-    started_s = time.monotonic()
     remote = ray.remote(num_cpus=cpus, num_gpus=1 if uses_gpu else 0, max_retries=0)(_work)
     try:
         seconds, ends, counts, warming, busy = ray.get(remote.remote(task, chunks, cpus))
@@ -53,12 +52,10 @@ def probe(task: ImageTask, staged: plan.StagedPlan, *, uses_gpu: bool, cpus: int
         raise storage.StorageError(
             f"the worker process that tried a sample of the images ended: {str(error).strip().splitlines()[-1]}"
         ) from error
-    whole_s = time.monotonic() - started_s
     image_s, interval = _rate(ends)
     return Probe(
         num_images=sum(counts.values()), counts=counts, image_bytes=(warming + busy).num_bytes / sum(counts.values()),
-        image_s=image_s, image_s_interval=interval,
-        start_s=max(0.0, whole_s - seconds), busy=busy,
+        image_s=image_s, image_s_interval=interval, seconds=seconds, busy=busy,
     )  # fmt: skip
 
 

@@ -10,7 +10,11 @@ import numpy as np
 import pandas as pd
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torchmetrics.functional.classification import binary_auroc, multiclass_confusion_matrix
+from torchmetrics.functional.classification import (
+    binary_auroc,
+    multiclass_calibration_error,
+    multiclass_confusion_matrix,
+)
 
 MIN_PROB = float(np.finfo(np.float32).eps)  # keeps the log loss finite, as scikit-learn does for float32 probabilities
 Z_95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
@@ -49,6 +53,9 @@ class Metrics(BaseModel):
         "the rest. None if all images are of one class."
     )
     log_loss: float = Field(description="Mean negative natural logarithm of the true class's probability.")
+    ece: float = Field(
+        description="Expected calibration error: mean distance of the label's probability and the accuracy, over 15 equal bins."
+    )
     confusion: list[list[int]] = Field(
         description="Images by true class (rows) and predicted class (columns), in class order."
     )
@@ -71,8 +78,9 @@ def classification_metrics(targets: np.ndarray, *, probs: np.ndarray, classes: l
     if num_bad := int((~np.isfinite(probs)).any(axis=1).sum()):
         raise ValueError(f"{num_bad} of {len(targets)} images have a probability that is not finite: score them again")
     probs = np.clip(probs.astype(np.float64), 0, 1)
+    truth = torch.from_numpy(targets.astype(np.int64))
     confusion = multiclass_confusion_matrix(
-        torch.from_numpy(probs.argmax(axis=1)), torch.from_numpy(targets.astype(np.int64)), num_classes=len(classes)
+        torch.from_numpy(probs.argmax(axis=1)), truth, num_classes=len(classes)
     ).numpy()
     num_correct, num_images = int(confusion.trace()), len(targets)
     prob_of_truth = probs[np.arange(num_images), targets]  # (N,)
@@ -82,6 +90,7 @@ def classification_metrics(targets: np.ndarray, *, probs: np.ndarray, classes: l
         accuracy_interval=wilson_interval(num_correct, num_trials=num_images),
         auroc=_auroc(targets, probs),
         log_loss=float(-np.log(prob_of_truth.clip(MIN_PROB)).mean()),
+        ece=float(multiclass_calibration_error(torch.from_numpy(probs), truth, num_classes=len(classes), n_bins=15)),
         confusion=confusion.tolist(),
         per_class=[_class_metrics(confusion, index, name) for index, name in enumerate(classes)],
     )

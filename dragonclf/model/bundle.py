@@ -49,7 +49,10 @@ class BundleInfo(BaseModel):
     pretrained: str = Field(description="Where the backbone's first weights came from.")
     snapshot: str = Field(description="URI of the snapshot that it was trained on.")
     config: dict[str, Any] = Field(description="The training configuration.")
-    metrics: dict[str, float] = Field(description="Of the last epoch, on the validation split.")
+    temperature: float = Field(
+        default=1.0, gt=0, description="By which the trained logits were divided; it is in the head's weights."
+    )
+    metrics: dict[str, float] = Field(description="Of the epoch that the weights are of, on the validation split.")
     logit_bounds: dict[str, float] = Field(
         description="runtime/precision -> greatest allowed difference of a canary's logit."
     )
@@ -84,6 +87,7 @@ def save_bundle(
     snapshot: str,
     config: dict[str, Any],
     metrics: dict[str, float],
+    temperature: float = 1.0,
     atomic: bool = True,
 ) -> Bundle:
     """Write a bundle, ``model.json`` last, and return it as loaded back. `canaries` are encoded images that can be decoded.
@@ -109,7 +113,8 @@ def save_bundle(
     } | {f"canaries/{index}": image for index, image in enumerate(canaries)}
     info = BundleInfo(
         format=1, arch=arch, classes=list(classes), transform=transform, pretrained=pretrained, snapshot=snapshot,
-        config=config, metrics=metrics, logit_bounds={f"{runtime}/f32": bound for runtime, _ in PRECISIONS}, num_canaries=len(canaries),
+        config=config, temperature=temperature, metrics=metrics,
+        logit_bounds={f"{runtime}/f32": bound for runtime, _ in PRECISIONS}, num_canaries=len(canaries),
         created=datetime.now(UTC).isoformat(timespec="seconds"), versions=versions(),
         files={name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     )  # fmt: skip
@@ -234,7 +239,7 @@ A {arch} fine-tuned by dragonclf. It takes any image and gives a probability for
 - Training data: {snapshot}
 - Input: short side to {int(transform.size / transform.crop_pct)} px ({transform.interpolation}), centre {transform.size} x {transform.size}
 
-On its validation split, last epoch:
+On its validation split:
 
 | metric | value |
 | --- | --- |

@@ -26,6 +26,10 @@ class Network(nn.Module):
         self.register_buffer("mean", torch.tensor(transform.mean).view(1, 3, 1, 1) * 255)
         self.register_buffer("std", torch.tensor(transform.std).view(1, 3, 1, 1) * 255)
 
+    @property
+    def head(self) -> nn.Linear:
+        return zoo.classifier(self.model)
+
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 (B, 3, S, S) to what the head sees, float32 (B, F)."""
         normal = (pixels.float() - self.mean) / self.std
@@ -34,7 +38,7 @@ class Network(nn.Module):
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 (B, 3, S, S) to logits float32 (B, K) and features float32 (B, F)."""
         features = self.features(pixels)
-        return zoo.classifier(self.model)(features), features
+        return self.head(features), features
 
 
 class Body(nn.Module):

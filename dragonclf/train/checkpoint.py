@@ -1,25 +1,81 @@
-"""Checkpoints of a training run: one object an epoch, written whole or not at all, so that the newest is always a good one."""
+"""Checkpoints of a training run: its newest state and its best weights, each one object that is replaced whole.
+
+RUN/checkpoints/latest.pt    all that the next step depends on: after each epoch, and every `--checkpoint-every` steps
+                best.pt      weights of the epoch with the best validation accuracy
+    results.csv              a row for each finished epoch
+"""
 
 import csv
 import io
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 
 from dragonclf import storage
 
-FOLDER, RESULTS = "checkpoints", "results.csv"
+FOLDER, LATEST, BEST, RESULTS = "checkpoints", "latest.pt", "best.pt", "results.csv"
+
+Row = dict[str, float]
 
 
-def save(run_uri: str, state: dict[str, Any]) -> None:
-    """Write the state after `state["epoch"]` epochs, then results.csv from its ``history``."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    storage.put(_uri(run_uri, state["epoch"]), buffer.getvalue())
-    write_results(run_uri, state["history"])
+class Writer:
+    """Writes checkpoints while training goes on, one at a time, in order. What failed is raised by the next call, or at the end.
+
+    A state is serialised before `save` returns, so it may change afterwards.
+    """
+
+    def __init__(self, run_uri: str):
+        self._run_uri = run_uri
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, state: dict[str, Any], *, best: bool = False) -> None:
+        """Make `state` the newest, then bring results.csv to its ``history``. `best`: its ``model`` is the best so far."""
+        self.wait()
+        latest = _serialised(state)
+        weights = _serialised({"model": state["model"], "history": state["history"]}) if best else None
+        self._pending = self._pool.submit(self._write, latest, weights, list(state["history"]))
+
+    def wait(self) -> None:
+        """Return once everything is written."""
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+
+    def _write(self, latest: bytes, weights: bytes | None, history: list[Row]) -> None:
+        if weights is not None:
+            storage.put(storage.join(self._run_uri, FOLDER, BEST), weights)
+        storage.put(storage.join(self._run_uri, FOLDER, LATEST), latest)
+        if history:
+            write_results(self._run_uri, history)
 
 
-def write_results(run_uri: str, history: list[dict[str, float]]) -> None:
+def is_best(history: list[Row]) -> bool:
+    """Whether the last epoch has the best validation accuracy so far, by lower validation loss if equal; the first of equals stays."""
+    *earlier, last = [(row["valid_accuracy"], -row["valid_loss"]) for row in history]
+    return all(last > other for other in earlier)
+
+
+def load(run_uri: str, name: str = LATEST) -> dict[str, Any] | None:
+    """A checkpoint, its tensors on the CPU, or None if there is none yet. Loads no pickled code."""
+    found = storage.get_if_exists(storage.join(run_uri, FOLDER, name))
+    return torch.load(io.BytesIO(found[0]), map_location="cpu", weights_only=True) if found else None
+
+
+def write_results(run_uri: str, history: list[Row]) -> None:
     """Write results.csv: one row per finished epoch."""
     table = io.StringIO()
     writer = csv.DictWriter(table, fieldnames=list(history[0]), lineterminator="\n")
@@ -28,16 +84,7 @@ def write_results(run_uri: str, history: list[dict[str, float]]) -> None:
     storage.put(storage.join(run_uri, RESULTS), table.getvalue().encode())
 
 
-def load_newest(run_uri: str, *, num_epochs: int) -> dict[str, Any] | None:
-    """The state after the greatest number of epochs, tensors on the CPU, or None if there is none. Loads no pickled code."""
-    for epoch in range(num_epochs, 0, -1):
-        found = storage.get_if_exists(_uri(run_uri, epoch))
-        if found is not None:
-            return torch.load(io.BytesIO(found[0]), map_location="cpu", weights_only=True)
-    return None
-
-
-def read_results(run_uri: str) -> list[dict[str, float]]:
+def read_results(run_uri: str) -> list[Row]:
     """The rows of results.csv: one per finished epoch."""
     found = storage.get_if_exists(storage.join(run_uri, RESULTS))
     if found is None:
@@ -45,5 +92,7 @@ def read_results(run_uri: str) -> list[dict[str, float]]:
     return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(io.StringIO(found[0].decode()))]
 
 
-def _uri(run_uri: str, epoch: int) -> str:
-    return storage.join(run_uri, FOLDER, f"epoch-{epoch:05d}.pt")
+def _serialised(state: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()

@@ -29,6 +29,11 @@ class Samples(Protocol):
 
     def __len__(self) -> int: ...
 
+    @property
+    def targets(self) -> torch.Tensor:
+        """Classes of all samples, int64 (N,)."""
+        ...
+
     def batches(self, indices: Iterable[np.ndarray], *, epoch: int) -> Iterator[Batch]:
         """Yield (inputs, targets int64) for each array of sample indices, in order. `epoch` varies the augmentation."""
         ...
@@ -72,7 +77,7 @@ class Images:
         seed: int | None,
         num_threads: int,
     ):
-        self._uris, self._targets = uris, _targets(labels, classes)
+        self._uris, self.targets = uris, _targets(labels, classes)
         self._transform, self._seed = transform, seed
         self._pool = ThreadPoolExecutor(num_threads, "decode")
 
@@ -98,7 +103,7 @@ class Images:
             yield self._collect(*waiting)
 
     def _collect(self, batch: np.ndarray, pending: list[Future[torch.Tensor]]) -> Batch:
-        return torch.stack([image.result() for image in pending]), self._targets[torch.from_numpy(batch)]
+        return torch.stack([image.result() for image in pending]), self.targets[torch.from_numpy(batch)]
 
     def _read(self, sample: int, epoch: int) -> torch.Tensor:
         uri = self._uris[sample]

@@ -4,34 +4,24 @@ Sums and counts are reduced over the workers, then divided: uneven last batches 
 same numbers. BatchNorm keeps its pretrained statistics, so that a batch's result does not depend on how many workers share it.
 """
 
-import math
+import contextlib
+import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from pydantic import BaseModel
 from torch import nn
 
-from dragonclf.train import checkpoint
-from dragonclf.train.data import Samples
+from dragonclf.train import calibration, checkpoint
+from dragonclf.train.data import Batch, Samples
 from dragonclf.train.order import Order
+from dragonclf.train.recipe import Recipe, freeze, set_lr
 
 EVAL_BATCH_SIZE = 256
-WARM_UP = 0.3  # share of the steps
-
-
-class Recipe(BaseModel):
-    """The numbers of a training run."""
-
-    epochs: int
-    lr: float
-    weight_decay: float
-    global_batch_size: int
-    seed: int
 
 
 class Head(nn.Module):
@@ -60,17 +50,6 @@ def folded(state: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return weight, state["linear.bias"] - weight @ state["mean"]
 
 
-def one_cycle(step: int, *, total_steps: int) -> float:
-    """Share of the greatest learning rate at a step: cosine up from 1/25 over the first 30 %, cosine down to 0 (Smith's 1cycle, as fastai).
-
-    Taken at the middle of each step, so that the shortest runs learn too.
-    """
-    place = min((step + 0.5) / total_steps, 1.0)
-    if place < WARM_UP:
-        return 1 / 25 + (1 - 1 / 25) * (1 - math.cos(math.pi * place / WARM_UP)) / 2
-    return (1 + math.cos(math.pi * (place - WARM_UP) / (1 - WARM_UP))) / 2
-
-
 def fit(
     model: nn.Module,
     train: Samples,
@@ -84,80 +63,176 @@ def fit(
     wrap: Callable[[nn.Module], nn.Module],
     report: Callable[[dict[str, float]], None],
 ) -> None:
-    """Train to the end of `recipe.epochs`, from the newest checkpoint under `run_uri` if there is one.
+    """Train to the end of the recipe's epochs, from the newest checkpoint under `run_uri` if there is one.
 
+    A run that was stopped anywhere and goes on comes to the same bits as one that was not, on a CPU, with the same number of workers.
     `wrap` makes the model data-parallel; `report` gets each epoch's metrics, equal on every worker. ValueError if the loss stops
     being finite.
     """
-    order = Order(len(train), recipe.global_batch_size, recipe.seed)
-    model = model.to(device)
-    optimizer = torch.optim.AdamW(_parameter_groups(model, recipe.weight_decay), lr=recipe.lr)
-    total = recipe.epochs * order.num_steps
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step, total_steps=total))
-    state = checkpoint.load_newest(run_uri, num_epochs=recipe.epochs)
-    history: list[dict[str, float]] = []
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        history = state["history"]
-        if rank == 0 and checkpoint.read_results(run_uri) != history:  # killed between a checkpoint and its results
-            checkpoint.write_results(run_uri, history)
-    parallel = wrap(model)
-    for epoch in range(len(history), recipe.epochs):
-        started = time.monotonic()
-        _train_mode(model)
-        loss, lr = _train_epoch(parallel, optimizer, schedule, train, order, epoch, rank, world_size, device)
-        metrics = _validate(model, valid, rank, world_size, device)
-        row = {"epoch": epoch + 1, "train_loss": loss, **metrics, "lr": lr}
-        history.append(row | {"seconds": round(time.monotonic() - started, 3)})
-        if rank == 0:
-            states: dict[str, Any] = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-            checkpoint.save(run_uri, {"epoch": epoch + 1, "model": model.state_dict(), "history": history, **states})
-        report(row)
+    trainer = _Trainer(model, train, recipe, rank=rank, world_size=world_size, device=device)
+    done = trainer.resume(checkpoint.load(run_uri))
+    if rank == 0 and trainer.history and checkpoint.read_results(run_uri) != trainer.history:
+        checkpoint.write_results(run_uri, trainer.history)  # killed between a checkpoint and its results
+    parallel: nn.Module | None = None
+    with checkpoint.Writer(run_uri) as writer:
+
+        def save(state: dict[str, Any], *, best: bool = False) -> None:
+            if rank == 0:
+                writer.save(state, best=best)
+
+        for epoch in range(done.epoch, recipe.total_epochs):
+            if parallel is None or epoch == recipe.freeze_epochs:
+                freeze(model, frozen=recipe.frozen(epoch))
+                parallel = None  # its hooks go with it, before others come
+                gc.collect()
+                parallel = wrap(model)
+            started_s = time.monotonic()
+            loss, lr, waited_s = trainer.epoch(parallel, epoch, done, save)
+            trained_s = time.monotonic() - started_s
+            done = _Done(epoch + 1)
+            row = {
+                "epoch": epoch + 1,
+                "train_loss": loss,
+                **_validate(model, valid, rank, world_size, device),
+                "lr": lr,
+            }
+            times = {"seconds": round(time.monotonic() - started_s, 3), "waited": round(waited_s / trained_s, 4)}
+            trainer.history.append(row | times)
+            save(trainer.state(done), best=checkpoint.is_best(trainer.history))
+            report(row)
 
 
-def _train_epoch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler, train: Samples,
-    order: Order, epoch: int, rank: int, world_size: int, device: torch.device,
-) -> tuple[float, float]:  # fmt: skip
-    """Mean loss over the epoch's images, over all workers, and the learning rate of the last step."""
-    # A worker without an image in a short last step still joins it, with some image at weight 0: all-reduce waits for everyone.
-    batches = order.batches(epoch, rank=rank, world_size=world_size)
-    stand_in = np.zeros(1, np.int64)
-    filled = [batch if len(batch) else stand_in for batch in batches]
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    lr = 0.0
-    for step, (inputs, targets) in enumerate(train.batches(filled, epoch=epoch)):
-        loss = F.cross_entropy(_logits(model, inputs.to(device)), targets.to(device), reduction="sum") * bool(
-            len(batches[step])
-        )
-        optimizer.zero_grad(set_to_none=True)
-        (loss * (world_size / order.global_count(step))).backward()  # data-parallel averages gradients over workers
-        optimizer.step()
-        lr = float(schedule.get_last_lr()[0])
-        schedule.step()
-        total += loss.detach()
-    mean = float(_reduced(total)) / order.num_samples
-    if not np.isfinite(mean):
-        raise ValueError(f"the loss is {mean} in epoch {epoch + 1}: lower --lr")
-    return mean, lr
+@dataclass(frozen=True)
+class _Done:
+    """How far a run has come: whole epochs, steps of the next one, and the sum of the losses of those steps over all workers."""
+
+    epoch: int
+    step: int = 0
+    loss: float = 0.0
+
+
+class _Trainer:
+    """A model, its optimizer, and where they are."""
+
+    def __init__(
+        self, model: nn.Module, train: Samples, recipe: Recipe, *, rank: int, world_size: int, device: torch.device
+    ):
+        self._model = model.to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self._train, self._recipe = train, recipe
+        self._rank, self._world_size, self._device = rank, world_size, device
+        self._order = Order(len(train), recipe.global_batch_size, recipe.seed)
+        self._optimizer = recipe.new_optimizer(model)
+        self._loss = recipe.new_loss(train.targets, device)
+        self.history: list[dict[str, float]] = []
+
+    def resume(self, state: dict[str, Any] | None) -> _Done:
+        if state is None:
+            return _Done(0)
+        self._model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self.history = state["history"]
+        return _Done(state["epoch"], state["step"], state["loss"])
+
+    def state(self, done: _Done) -> dict[str, Any]:
+        """All that the next step depends on. Augmentation, order and dropout are functions of the seed and the place, and not in it."""
+        return {
+            "epoch": done.epoch, "step": done.step, "loss": done.loss, "model": self._model.state_dict(),
+            "optimizer": self._optimizer.state_dict(), "history": self.history,
+        }  # fmt: skip
+
+    def epoch(
+        self, parallel: nn.Module, epoch: int, done: _Done, save: Callable[[dict[str, Any]], None]
+    ) -> tuple[float, float, float]:
+        """Mean loss of the epoch's images over all workers, the head's last learning rate, and the seconds spent waiting for data here."""
+        recipe, order = self._recipe, self._order
+        _train_mode(self._model)
+        own = order.batches(epoch, rank=self._rank, world_size=self._world_size)[done.step :]
+        micro = [part for batch in own for part in np.array_split(batch, recipe.accumulate)]
+        # A worker without an image in a short last step still joins it, with some image at weight 0: all-reduce waits for everyone.
+        filled = [part if len(part) else np.zeros(1, np.int64) for part in micro]
+        batches = _Timed(self._train.batches(filled, epoch=epoch))
+        weights = (float(len(part) > 0) for part in micro)
+        total = torch.tensor(done.loss if self._rank == 0 else 0.0, dtype=torch.float64, device=self._device)
+        lr = 0.0
+        for step in range(done.step, order.num_steps):
+            torch.manual_seed(_draw(recipe.seed, epoch, step, self._rank))  # dropout
+            lr = recipe.lr_at(epoch, step, num_steps=order.num_steps)
+            set_lr(self._optimizer, lr)
+            self._optimizer.zero_grad(set_to_none=True)
+            share = self._world_size / order.global_count(step)  # data-parallel averages gradients over workers
+            for number in range(recipe.accumulate):
+                with _alone(parallel, alone=number + 1 < recipe.accumulate):
+                    loss = self._sum_of_losses(parallel, next(batches)) * next(weights)
+                    (loss * share).backward()
+                total += loss.detach()
+            if recipe.clip_grad:
+                nn.utils.clip_grad_norm_(self._model.parameters(), recipe.clip_grad)
+            self._optimizer.step()
+            place = step + 1
+            if recipe.checkpoint_every and place % recipe.checkpoint_every == 0 and place < order.num_steps:
+                save(self.state(_Done(epoch, place, _finite(total.clone(), epoch))))
+        return _finite(total, epoch) / order.num_samples, lr, batches.waited_s
+
+    def _sum_of_losses(self, parallel: nn.Module, batch: Batch) -> torch.Tensor:
+        inputs, targets = (tensor.to(self._device, non_blocking=True) for tensor in batch)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._recipe.amp):
+            logits = _logits(parallel, inputs)
+        return self._loss(logits, targets)
+
+
+class _Timed:
+    """An iterator that knows how long it was waited for."""
+
+    def __init__(self, batches: Iterator[Batch]):
+        self._batches = batches
+        self.waited_s = 0.0
+
+    def __next__(self) -> Batch:
+        started_s = time.monotonic()
+        batch = next(self._batches)
+        self.waited_s += time.monotonic() - started_s
+        return batch
+
+
+def _finite(total: torch.Tensor, epoch: int) -> float:
+    """The sum of losses over all workers. ValueError if it is not finite: such a state is not worth keeping."""
+    loss = float(_reduced(total))
+    if not np.isfinite(loss):
+        raise ValueError(f"the loss is {loss} in epoch {epoch + 1}: lower --lr")
+    return loss
+
+
+def _draw(*place: int) -> int:
+    return int(np.random.SeedSequence(place).generate_state(1)[0])
+
+
+def _alone(parallel: nn.Module, *, alone: bool) -> contextlib.AbstractContextManager[None]:
+    """Leave gradients where they are, for the step's last part to sum over the workers."""
+    if alone and isinstance(parallel, nn.parallel.DistributedDataParallel):
+        return parallel.no_sync()
+    return contextlib.nullcontext()
 
 
 @torch.no_grad()
 def _validate(model: nn.Module, valid: Samples, rank: int, world_size: int, device: torch.device) -> dict[str, float]:
-    """Loss and accuracy over all validation images, each counted once whatever the number of workers."""
+    """Loss, accuracy and calibration over all validation images, each counted once whatever the number of workers."""
     model.eval()
     own = np.arange(rank, len(valid), world_size)
     parts = [own[start : start + EVAL_BATCH_SIZE] for start in range(0, len(own), EVAL_BATCH_SIZE)]
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, count
-    for inputs, targets in valid.batches(parts, epoch=0):
-        logits, targets = _logits(model, inputs.to(device)), targets.to(device)
-        sums[0] += F.cross_entropy(logits, targets, reduction="sum")
+    kept: list[Batch] = []
+    for part, (inputs, targets) in zip(parts, valid.batches(parts, epoch=0), strict=True):
+        logits, targets = _logits(model, inputs.to(device)).float(), targets.to(device)
+        first = int((part < calibration.MAX_IMAGES).sum())
+        kept.append((logits[:first], targets[:first]))
+        sums[0] += nn.functional.cross_entropy(logits, targets, reduction="sum")
         sums[1] += (logits.argmax(1) == targets).sum()
         sums[2] += len(targets)
     loss, correct, count = _reduced(sums).tolist()
-    return {"valid_loss": loss / count, "valid_accuracy": correct / count}
+    none = torch.zeros(0, 1, device=device), torch.zeros(0, dtype=torch.int64, device=device)
+    logits, targets = (torch.cat(tensors) for tensors in zip(*(kept or [none]), strict=True))
+    found = calibration.calibrate(logits, targets, _reduced)
+    return {"valid_loss": loss / count, "valid_accuracy": correct / count, **found}
 
 
 def _logits(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
@@ -176,10 +251,3 @@ def _train_mode(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
-
-
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """No decay on biases and norms: they are the tensors of one dimension."""
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    kept = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]

@@ -13,6 +13,7 @@ from dragonclf.model import zoo
 from dragonclf.model.predictor import Network
 from dragonclf.train import loop
 from dragonclf.train.data import Features, Images, Samples
+from dragonclf.train.recipe import Recipe
 
 
 class TrainJob(BaseModel):
@@ -25,7 +26,7 @@ class TrainJob(BaseModel):
     pretrained: str
     backbone_digest: str
     size: int | None
-    recipe: loop.Recipe
+    recipe: Recipe
     num_threads: int
 
 

@@ -29,7 +29,9 @@ class Estimate(BaseModel):
     cpus_per_worker: int
     images_per_s_per_worker: float
     images_per_s_per_worker_interval: Interval
-    start_seconds: float = Field(description="Part of hours: Ray, processes, the model.")
+    start_seconds: float = Field(
+        description="Part of hours: all but the images. Python's start, listing, Ray, processes, the model, the end."
+    )
     hours: float
     hours_interval: Interval
     cost: float | None = Field(description="Of all workers, by --price-per-worker-hour. None: it was not given.")
@@ -42,15 +44,19 @@ class Estimate(BaseModel):
 def score_or_estimate(config: ScoreCommandConfig) -> ScoreSummary | Estimate:
     """The command line's `score`."""
     plain = ScoreConfig.model_validate(config.model_dump(exclude={"estimate"}))
-    return estimate(plain) if config.estimate else score(plain)
+    # A command has done little before this but import packages: CPU time, as a warm disk gives it.
+    return estimate(plain, begun_for_s=time.process_time()) if config.estimate else score(plain)
 
 
-def estimate(config: ScoreConfig) -> Estimate:
+def estimate(config: ScoreConfig, *, begun_for_s: float = 0.0) -> Estimate:
     """List what `score` would score, and score a sample of it, stratified by size, in one worker of the cluster.
+
+    All that this takes beside the sample's images, `score` will take too; `begun_for_s` is what its caller takes before.
 
     Raises ValueError if there is nothing to score or --since is given (what has changed is known by reading the listing, not by a
     sample), and what `score` would.
     """
+    began_s = time.monotonic() - begun_for_s
     if config.since:
         raise ValueError("--estimate is of a full run: leave out --since")
     loaded = bundle.load_bundle(config.model)
@@ -63,12 +69,10 @@ def estimate(config: ScoreConfig) -> Estimate:
             f"{num_images:,}",
             f"{probe.NUM_CHUNKS * probe.CHUNK_IMAGES:,}",
         )
-        began_s = time.monotonic()
         with session.connect(config.address):
-            joined_s = time.monotonic() - began_s
             workers, cpus = execute.fit(task, config.num_actors, config.cpus_per_actor, staged.summary.num_shards)
             found = probe.probe(task, staged, uses_gpu=task.uses_gpu, cpus=cpus)
-    start_s = joined_s + found.start_s
+    start_s = time.monotonic() - began_s - found.seconds
 
     def hours(image_s: float) -> float:
         return (start_s + num_images * image_s / workers) / 3600

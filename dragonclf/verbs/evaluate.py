@@ -27,6 +27,7 @@ class EvaluateSummary(BaseModel):
     accuracy_interval: tuple[float, float] = Field(description="95 %, Wilson.")
     auroc: float | None
     log_loss: float
+    ece: float = Field(description="Expected calibration error, 0 to 1.")
     counts: dict[str, int] = Field(description="Rows of the split by status.")
 
 
@@ -54,7 +55,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
     )
     return EvaluateSummary(
         report=storage.join(config.out, "report.html"), predictions=storage.join(config.out, "predictions.parquet"),
-        counts=summary.counts, **metrics.model_dump(include={"num_images", "accuracy", "accuracy_interval", "auroc", "log_loss"}),
+        counts=summary.counts, **metrics.model_dump(include={"num_images", "accuracy", "accuracy_interval", "auroc", "log_loss", "ece"}),
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """`train`: a snapshot becomes a model bundle, by data-parallel workers of Ray Train.
 
 OUT/NAME/args.json        the options, resolved; the same command resumes, another one is refused
-         checkpoints/     one an epoch
+         checkpoints/     latest.pt, to go on from; best.pt, the weights of the best epoch
          results.csv      one row an epoch
          model/           the bundle, at the end
 OUT/features/runs/...     features of frozen backbones, shared by the runs under OUT
@@ -33,6 +33,7 @@ from dragonclf.engine.pipeline import Limits
 from dragonclf.model import bundle, canaries, zoo
 from dragonclf.model.execution import Execution, resolve_execution
 from dragonclf.train import checkpoint, loop, worker
+from dragonclf.train.recipe import Recipe
 
 log = logging.getLogger("dragonclf")
 
@@ -42,6 +43,7 @@ POLL_S = 1.0
 _NOT_RESULTS = {
     "batch_size",
     "num_workers",
+    "checkpoint_every",
     "max_failures",
     "mlflow_uri",
     "out",
@@ -59,11 +61,11 @@ class TrainSummary(BaseModel):
     model_version: str
     snapshot: str
     classes: list[str]
-    metrics: dict[str, float] = Field(description="Of the last epoch.")
+    metrics: dict[str, float] = Field(description="Of the epoch whose weights the model has.")
 
 
 def train(config: TrainConfig) -> TrainSummary:
-    """Fine-tune `config.arch` on a snapshot and write a bundle. The same command resumes a killed run from its last epoch.
+    """Fine-tune `config.arch` on a snapshot and write a bundle. The same command resumes a killed run from its last checkpoint.
 
     A finished run is returned as it is. Raises ValueError for options that do not fit the data, the weights or an earlier run of the
     same name, and StorageError.
@@ -98,10 +100,10 @@ def train(config: TrainConfig) -> TrainSummary:
             pretrained=source,
             backbone_digest=digest,
             size=config.size,
-            recipe=loop.Recipe.model_validate(config.model_dump(include=set(loop.Recipe.model_fields))),
+            recipe=_recipe(config),
             num_threads=_cpus_per_worker(config),
         )
-        with _followed(config, run_uri, name, args):
+        with _followed(config, job.recipe, run_uri, name, args):
             _run_workers(config, job)
     return _summary(run_uri, _save_bundle(config, job, args), snapshot)
 
@@ -129,6 +131,11 @@ def _compute_features(
     return job.run(
         out, "features", spec, stage, task, ray_config=config, run_config=config, retry_errors=config.retry_errors
     ).uri
+
+
+def _recipe(config: TrainConfig) -> Recipe:
+    given = config.model_dump(include=set(Recipe.model_fields))
+    return Recipe.model_validate(given | ({"freeze_epochs": 0} if config.precompute else {}))
 
 
 def _cpus_per_worker(config: TrainConfig) -> int:
@@ -177,7 +184,7 @@ def _cause(error: BaseException) -> Exception:
 
 
 @contextlib.contextmanager
-def _followed(config: TrainConfig, run_uri: str, name: str, args: dict[str, Any]) -> Iterator[None]:
+def _followed(config: TrainConfig, recipe: Recipe, run_uri: str, name: str, args: dict[str, Any]) -> Iterator[None]:
     """Say each epoch's metrics as they appear in results.csv, and send them to MLflow."""
     with tracking.run(config.mlflow_uri, run_uri, name, args) as log_metrics:
         seen, stop = len(checkpoint.read_results(run_uri)), threading.Event()
@@ -188,8 +195,9 @@ def _followed(config: TrainConfig, run_uri: str, name: str, args: dict[str, Any]
                 seen += 1
                 log_metrics(row)
                 log.info(
-                    "epoch %d of %d: train loss %.4f, valid loss %.4f, valid accuracy %.4f",
-                    row["epoch"], config.epochs, row["train_loss"], row["valid_loss"], row["valid_accuracy"],
+                    "epoch %d of %d%s: train loss %.4f, valid loss %.4f, valid accuracy %.4f, %.0f%% of the time waiting for data",
+                    row["epoch"], recipe.total_epochs, " (head)" if recipe.frozen(int(row["epoch"]) - 1) else "", row["train_loss"],
+                    row["valid_loss"], row["valid_accuracy"], 100 * row["waited"],
                 )  # fmt: skip
 
         def poll() -> None:
@@ -207,10 +215,9 @@ def _followed(config: TrainConfig, run_uri: str, name: str, args: dict[str, Any]
 
 
 def _save_bundle(config: TrainConfig, job: worker.TrainJob, args: dict[str, Any]) -> bundle.Bundle:
-    """Put the last checkpoint's weights into the architecture and write the bundle."""
-    state = checkpoint.load_newest(job.run_uri, num_epochs=config.epochs)
+    """Put the weights of the epoch that `config.weights` chooses into the architecture and write the bundle."""
+    state = checkpoint.load(job.run_uri, checkpoint.BEST if config.weights == "best" else checkpoint.LATEST)
     assert state is not None
-    assert state["epoch"] == config.epochs
     model = worker.load_backbone(job)
     transform = zoo.transform_for(model, size=config.size)
     if job.features_uri is None:
@@ -219,12 +226,22 @@ def _save_bundle(config: TrainConfig, job: worker.TrainJob, args: dict[str, Any]
     else:
         weight, bias = loop.folded(state["model"])
         zoo.classifier(model).load_state_dict({"weight": weight, "bias": bias})
+    chosen = state["history"][-1]
+    temperature = chosen["temperature"] if config.calibrate else 1.0
+    head = zoo.classifier(model)
+    head.load_state_dict({name: tensor / temperature for name, tensor in head.state_dict().items()})
+    figures = {key: chosen[key] for key in ("train_loss", "valid_loss", "valid_accuracy", "valid_ece")}
+    if config.calibrate:
+        figures["valid_ece_calibrated"] = chosen["valid_ece_calibrated"]
+        log.info(
+            "calibrated: temperature %.3f, expected calibration error on the validation images %.4f before, %.4f after",
+            temperature, chosen["valid_ece"], chosen["valid_ece_calibrated"],
+        )  # fmt: skip
     encoded = canaries.synthetic() if config.synthetic_canaries else _validation_images(job.snapshot)
-    last = state["history"][-1]
     return bundle.save_bundle(
         storage.join(job.run_uri, "model"), model, arch=config.arch, classes=job.snapshot.info.classes, transform=transform,
         canaries=encoded, pretrained=job.pretrained, snapshot=job.snapshot.uri, config=args,
-        metrics={key: last[key] for key in ("train_loss", "valid_loss", "valid_accuracy")}, atomic=not config.at_least_once,
+        temperature=temperature, metrics=figures, atomic=not config.at_least_once,
     )  # fmt: skip
 
 

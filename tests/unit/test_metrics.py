@@ -56,6 +56,7 @@ def test_four_images_by_hand() -> None:
     assert found.accuracy == 0.5
     assert found.confusion == [[1, 1], [1, 1]]
     assert found.auroc == 0.75  # of the four (viserion, drogon) pairs, only 0.25 against 0.6 is the wrong way round
+    assert found.ece == pytest.approx((0.1 + 0.6 + 0.2 + 0.75) / 4, abs=1e-6)
     assert found.log_loss == pytest.approx(-(np.log(0.9) + np.log(0.4) + np.log(0.8) + np.log(0.25)) / 4, abs=1e-12)
     assert [one.model_dump() for one in found.per_class] == [
         {"name": name, "precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2} for name in ("drogon", "viserion")

@@ -98,6 +98,12 @@ def counted(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     return (rows["input_label"] == "viserion").to_numpy(dtype=int), rows["prob_viserion"].to_numpy(dtype=float)
 
 
+def calibration_error(targets: np.ndarray, viserion: np.ndarray) -> float:
+    sure, right = np.maximum(viserion, 1 - viserion), (viserion > 0.5) == targets
+    bins = np.digitize(sure, np.linspace(0, 1, 16), right=True)
+    return sum(abs((sure - right)[bins == number].sum()) for number in range(1, 16)) / len(sure)
+
+
 def test_the_files(evaluation: tuple[pd.DataFrame, Path]) -> None:
     frame, out = evaluation
     slugs = [
@@ -169,6 +175,7 @@ def test_the_page_in_a_browser(evaluation: tuple[pd.DataFrame, Path], browser: B
     assert shown(page, "#accuracy") == f"{100 * correct.mean():.1f} %"
     assert shown(page, "#auroc") == f"{sklearn.metrics.roc_auc_score(targets, viserion):.3f}"
     assert shown(page, "#log-loss") == f"{sklearn.metrics.log_loss(targets, viserion):.3f}"
+    assert shown(page, "#ece") == f"{calibration_error(targets, viserion):.3f}"
     assert shown(page, "#num-images") == "40"
     assert shown(page, "#left-out") == "4 images left out: 2 unreadable, 1 missing, 1 no true label"
     assert [text.split("\n") for text in page.locator("table.plain tr").all_inner_texts()] == [

@@ -1,0 +1,112 @@
+"""The numbers of a training run, and what follows from them: phases, learning rates, the optimizer, the loss."""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel
+from timm.optim import (  # pyright: ignore[reportPrivateImportUsage]
+    param_groups_layer_decay,  # pyright: ignore[reportPrivateImportUsage]
+    param_groups_weight_decay,  # pyright: ignore[reportPrivateImportUsage]
+)
+from torch import nn
+
+from dragonclf.model.predictor import Network
+
+WARM_UP = 0.3  # share of a phase's steps
+AFTER_FROZEN = 0.5  # of the learning rate, once the head is no longer trained alone (fastai's fine_tune)
+
+
+class Recipe(BaseModel):
+    """The numbers of a training run."""
+
+    epochs: int
+    freeze_epochs: int = 0
+    lr: float
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: float
+    layer_decay: float = 1.0
+    label_smoothing: float = 0.0
+    class_weights: Literal["none", "balanced"] = "none"
+    clip_grad: float | None = None
+    amp: bool = False
+    global_batch_size: int
+    accumulate: int = 1
+    checkpoint_every: int | None = None
+    seed: int
+
+    @property
+    def total_epochs(self) -> int:
+        return self.freeze_epochs + self.epochs
+
+    def frozen(self, epoch: int) -> bool:
+        """Whether only the head is trained in an epoch, 0 the first."""
+        return epoch < self.freeze_epochs
+
+    def lr_at(self, epoch: int, step: int, *, num_steps: int) -> float:
+        """The head's learning rate at a step of an epoch of `num_steps`: a cycle while the rest is frozen, then one half as high."""
+        if self.frozen(epoch):
+            return self.lr * one_cycle(epoch * num_steps + step, total_steps=self.freeze_epochs * num_steps)
+        height = AFTER_FROZEN if self.freeze_epochs else 1.0
+        step += (epoch - self.freeze_epochs) * num_steps
+        return self.lr * height * one_cycle(step, total_steps=self.epochs * num_steps)
+
+    def new_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """An optimizer of all parameters, in groups with an ``lr_scale``: the layer decay to the power of the distance from the head.
+
+        Nothing of one dimension (biases, norms) decays.
+        """
+        if isinstance(model, Network):
+            groups = param_groups_layer_decay(model.model, self.weight_decay, layer_decay=self.layer_decay)
+        else:
+            groups = [{**group, "lr_scale": 1.0} for group in param_groups_weight_decay(model, self.weight_decay)]
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=self.lr, momentum=0.9, nesterov=True)
+        return torch.optim.AdamW(groups, lr=self.lr)
+
+    def new_loss(
+        self, targets: torch.Tensor, device: torch.device
+    ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """Sum over a batch of the cross-entropy of logits (N, K) and classes (N,).
+
+        With `class_weights` "balanced" each class weighs the same over all training samples, whose classes are `targets` (int64), and
+        a sample weighs 1 on average.
+        """
+        weight = None
+        if self.class_weights == "balanced":
+            counts = targets.bincount()
+            weight = (len(targets) / (len(counts) * counts)).to(device, torch.float32)
+
+        def loss(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(
+                logits.float(), classes, weight=weight, label_smoothing=self.label_smoothing, reduction="sum"
+            )
+
+        return loss
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def freeze(model: nn.Module, *, frozen: bool) -> None:
+    """Let gradients reach the head alone, or everything."""
+    if isinstance(model, Network):
+        for parameter in model.parameters():
+            parameter.requires_grad_(not frozen)
+        for parameter in model.head.parameters():
+            parameter.requires_grad_(True)
+
+
+def one_cycle(step: int, *, total_steps: int) -> float:
+    """Share of the greatest learning rate at a step: cosine up from 1/25 over the first 30 %, cosine down to 0 (Smith's 1cycle, as fastai).
+
+    Taken at the middle of each step, so that the shortest runs learn too.
+    """
+    place = min((step + 0.5) / total_steps, 1.0)
+    if place < WARM_UP:
+        return 1 / 25 + (1 - 1 / 25) * (1 - math.cos(math.pi * place / WARM_UP)) / 2
+    return (1 + math.cos(math.pi * (place - WARM_UP) / (1 - WARM_UP))) / 2

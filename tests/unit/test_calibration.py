@@ -1,0 +1,80 @@
+"""Temperature scaling against scipy's minimum, and the calibration error against torchmetrics'."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.optimize
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from dragonclf.train.calibration import HOTTEST, MIN_IMAGES, calibrate
+
+
+def too_sure(count: int, *, num_classes: int, by: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits that are `by` times those from which the classes were drawn."""
+    rng = np.random.default_rng(seed)
+    logits = torch.from_numpy(rng.normal(scale=2, size=(count, num_classes)))
+    targets = torch.from_numpy((logits.softmax(1).numpy().cumsum(1) < rng.random((count, 1))).sum(1))
+    return by * logits, targets
+
+
+def alone(sums: torch.Tensor) -> torch.Tensor:
+    return sums
+
+
+@pytest.mark.parametrize("num_classes", [2, 7])
+@pytest.mark.parametrize("by", [0.6, 1.0, 2.5])
+def test_the_temperature_has_the_least_cross_entropy(num_classes: int, by: float):
+    logits, targets = too_sure(3000, num_classes=num_classes, by=by)
+    found = calibrate(logits.float(), targets, alone)
+    best: Any = scipy.optimize.minimize_scalar(
+        lambda t: float(F.cross_entropy(logits / t, targets)), bounds=(0.2, 5), options={"xatol": 1e-9}
+    )
+    assert found["temperature"] == pytest.approx(best.x, rel=1e-4)
+    assert found["temperature"] == pytest.approx(by, rel=0.1)
+    for name, temperature in (("valid_ece", 1.0), ("valid_ece_calibrated", found["temperature"])):
+        reference = multiclass_calibration_error((logits / temperature).softmax(1), targets, num_classes, n_bins=15)
+        assert found[name] == pytest.approx(float(reference), abs=1e-4)  # which adds in float32
+    if by > 2:
+        assert found["valid_ece_calibrated"] < found["valid_ece"] / 2
+
+
+def test_workers_find_together_what_one_finds(tmp_path: Path):
+    """Three processes; the last has no image."""
+    mp.spawn(_share, args=(str(tmp_path / "meeting"), str(tmp_path)), nprocs=3)  # pyright: ignore[reportPrivateImportUsage]
+    alone_found = calibrate(*too_sure(500, num_classes=3, by=2.0), alone)
+    for rank in range(3):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found == pytest.approx(alone_found, rel=1e-6)
+
+
+def _share(rank: int, meeting: str, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=3)
+
+    def summed(sums: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(sums)
+        return sums
+
+    logits, targets = too_sure(500, num_classes=3, by=2.0)
+    own = (logits[rank::2], targets[rank::2]) if rank < 2 else (torch.zeros(0, 1), targets[:0])
+    Path(folder, f"{rank}.json").write_text(json.dumps(calibrate(*own, summed)))
+    dist.destroy_process_group()
+
+
+def test_few_images_say_nothing():
+    logits, targets = too_sure(MIN_IMAGES - 1, num_classes=2, by=3.0)
+    found = calibrate(logits, targets, alone)
+    assert found["temperature"] == 1
+    assert found["valid_ece_calibrated"] == found["valid_ece"]
+
+
+def test_images_that_are_all_right_do_not_make_it_certain():
+    targets = torch.arange(200) % 2
+    found = calibrate(F.one_hot(targets, 2).double(), targets, alone)
+    assert found["temperature"] == pytest.approx(1 / HOTTEST)
