@@ -341,6 +341,10 @@ class TrainConfig(RecipeConfig, RayConfig, ExecutionConfig, ReadingConfig):
         description="MLflow tracking server or database. None: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here.",
     )
 
+    log_model: bool = Field(
+        default=True, description="Keep a copy of the model in MLflow too, for mlflow.pyfunc.load_model."
+    )
+
     @model_validator(mode="after")
     def _check_of_all_layers(self) -> "TrainConfig":
         for name in ("freeze_epochs", "layer_decay", "amp"):

@@ -1,15 +1,19 @@
 """MLflow: where runs and their metrics are looked up later. Embedded (SQLite) by default, a server by URI."""
 
 import contextlib
+import importlib.metadata
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from dragonclf import storage
 
 EXPERIMENT = "dragonclf"
-RUN_ID = "mlflow_run_id"
+RUN_ID, MODEL_ID = "mlflow_run_id", "mlflow_model_id"  # objects in the run's folder
+SQLITE = "sqlite:///"
 
 
 @contextlib.contextmanager
@@ -20,16 +24,9 @@ def run(
 
     ValueError if the tracking server or database cannot be used.
     """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    import mlflow  # half a second; only training needs it
-    import mlflow.exceptions
-
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    mlflow, uri = _opened(uri)
     known = storage.get_if_exists(storage.join(run_uri, RUN_ID))
     try:
-        mlflow.set_tracking_uri(uri)
         experiment = mlflow.set_experiment(EXPERIMENT)
         active = mlflow.start_run(
             run_id=known[0].decode() if known else None,
@@ -38,9 +35,7 @@ def run(
             tags={"dragonclf.run": run_uri},
         )
     except (mlflow.exceptions.MlflowException, OSError) as error:
-        raise ValueError(
-            f"MLflow cannot be used at {uri}: {str(error).splitlines()[0]}: give another --mlflow-uri"
-        ) from error
+        raise _unusable(uri, error) from error
     if not known:
         storage.put(storage.join(run_uri, RUN_ID), active.info.run_id.encode())
         mlflow.log_params(params)
@@ -50,3 +45,52 @@ def run(
 
     with active:
         yield log_metrics
+
+
+def log_model(uri: str | None, run_uri: str, *, code: Path, folder: Path, signature: Any) -> None:
+    """Keep the bundle in `folder` with a training run, once, as a model that the Python file `code` defines.
+
+    ValueError if the tracking server or database does not take it.
+    """
+    if storage.stat(storage.join(run_uri, MODEL_ID)):
+        return
+    mlflow, uri = _opened(uri)
+    package = f"dragonclf=={importlib.metadata.version('dragonclf')}"
+    try:
+        with mlflow.start_run(run_id=storage.get(storage.join(run_uri, RUN_ID)).decode()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is no example of an input; the signature says it
+            made = mlflow.pyfunc.log_model(
+                name="model", python_model=str(code), artifacts={folder.name: str(folder)}, signature=signature, pip_requirements=[package]
+            )  # fmt: skip
+    except (mlflow.exceptions.MlflowException, OSError) as error:
+        raise _unusable(uri, error) from error
+    storage.put(storage.join(run_uri, MODEL_ID), str(made.model_id).encode())
+
+
+def _opened(uri: str | None) -> tuple[Any, str]:
+    """MLflow at `uri` or its default, with our experiment; and that URI."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    import mlflow  # half a second; only training needs it
+    import mlflow.exceptions
+    import mlflow.pyfunc
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
+    try:
+        mlflow.set_tracking_uri(uri)
+        if uri.startswith(SQLITE) and mlflow.get_experiment_by_name(EXPERIMENT) is None:
+            # Beside the database; MLflow's own place for models is the folder that the command happens to run in.
+            models = Path(uri.removeprefix(SQLITE)).absolute().parent / "mlflow-models"
+            with contextlib.suppress(
+                mlflow.exceptions.MlflowException
+            ):  # another run was faster, or the next call says why
+                mlflow.create_experiment(EXPERIMENT, artifact_location=models.as_uri())
+    except (mlflow.exceptions.MlflowException, OSError) as error:
+        raise _unusable(uri, error) from error
+    return mlflow, uri
+
+
+def _unusable(uri: str, error: Exception) -> ValueError:
+    return ValueError(f"MLflow cannot be used at {uri}: {str(error).splitlines()[0]}: give another --mlflow-uri")

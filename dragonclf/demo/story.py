@@ -77,8 +77,8 @@ def demo(out: Path, *, limit: int | None = None) -> DemoSummary:
         )  # fmt: skip
         scored = _step("score", score, ScoreConfig(model=trained.model, source=DATA, out=f"{WORK}/scores"))
         frame = pa.concat_tables(published.read_parts(scored.run)).to_pandas()
-        _download(trained.model, out / "model")
-        _download(scored.parts, out / "scores")
+        storage.download_all(trained.model, out / "model")
+        storage.download_all(scored.parts, out / "scores")
     assert scored.images_per_s is not None
     _show_uncertain(frame, {uri: chance for uri, _, chance in photos})
     return DemoSummary(
@@ -115,13 +115,6 @@ def _photographs() -> list[tuple[str, Path, float]]:
 def _upload(photos: list[tuple[str, Path, float]]) -> None:
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda photo: storage.put(photo[0], photo[1].read_bytes()), photos))
-
-
-def _download(prefix: str, folder: Path) -> None:
-    for found in storage.list_objects(prefix):
-        target = folder / found.uri.removeprefix(f"{prefix}/")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(storage.get(found.uri))
 
 
 def _show_uncertain(frame: pd.DataFrame, experts: dict[str, float]) -> None:

@@ -97,6 +97,14 @@ def download(uri: str, path: Path) -> None:
     _store(uri).download(uri, path)
 
 
+def download_all(uri: str, folder: Path) -> None:
+    """Copy every object under a folder or prefix into a local folder, under its name relative to `uri`."""
+    for found in list_objects(uri):
+        target = folder / found.uri.removeprefix(f"{uri}/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        download(found.uri, target)
+
+
 async def fetch(uri: str) -> tuple[bytes, str]:
     """Return (content, etag) without blocking the event loop: the way to read many images. Raises as `get` does."""
     return await _store(uri).fetch(uri)

@@ -1,21 +1,23 @@
 """`predict`: probabilities for a few images, at once and without Ray."""
 
+from collections.abc import Sequence
+
 import torch
 from pydantic import BaseModel, Field
 
 from dragonclf import storage
-from dragonclf.config import PredictConfig
+from dragonclf.config import LimitsConfig, PredictConfig
 from dragonclf.data import images
 from dragonclf.data.transforms import Transform
 from dragonclf.model import bundle, precision
 from dragonclf.model.execution import resolve_execution
-from dragonclf.model.predictor import softmax
+from dragonclf.model.predictor import Predictor, softmax
 
 
 class Prediction(BaseModel):
     """One image's row."""
 
-    uri: str
+    uri: str | None = Field(default=None, description="None: its bytes were given.")
     status: str = Field(description="ok, or why there is no prediction.")
     error: str | None = None
     label: str | None = None
@@ -42,29 +44,39 @@ def predict(config: PredictConfig) -> PredictSummary:
     execution = precision.choose(loaded.uri, loaded.version, f32, config.precision)
     batch_size = min(config.batch_size, len(config.images))
     predictor = bundle.open_predictor(loaded, execution, batch_size=batch_size, num_threads=torch.get_num_threads())
-    rows = [Prediction(uri=uri, status="ok") for uri in map(storage.resolve, config.images)]
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        pixels = predictor.transform.new_batch(len(batch))
-        for slot, row in enumerate(batch):
-            try:
-                pixels[slot] = predictor.transform.for_eval(_decode(row.uri, config, predictor.transform)).numpy()
-            except images.ImageError as error:
-                row.status, row.error = error.status, error.reason
-        for row, probs in zip(batch, softmax(predictor(pixels)[0]), strict=True):
-            if row.status == "ok":
-                row.label, row.confidence = loaded.info.classes[int(probs.argmax())], float(probs.max())
-                row.probs = dict(zip(loaded.info.classes, probs.tolist(), strict=True))
+    rows = predict_images(predictor, loaded.info.classes, config.images, config)
     return PredictSummary(model_version=loaded.version, predictions=rows)
 
 
-def _decode(uri: str, config: PredictConfig, transform: Transform) -> torch.Tensor:
+def predict_images(
+    predictor: Predictor, classes: list[str], given: Sequence[str | bytes], limits: LimitsConfig
+) -> list[Prediction]:
+    """A prediction for each of `given`, a URI or an encoded image, in order. StorageError if the store fails."""
+    rows: list[Prediction] = []
+    for start in range(0, len(given), predictor.batch_size):
+        batch = given[start : start + predictor.batch_size]
+        pixels = predictor.transform.new_batch(len(batch))
+        for slot, source in enumerate(batch):
+            row = Prediction(uri=storage.resolve(source) if isinstance(source, str) else None, status="ok")
+            rows.append(row)
+            try:
+                pixels[slot] = predictor.transform.for_eval(_decode(source, limits, predictor.transform)).numpy()
+            except images.ImageError as error:
+                row.status, row.error = error.status, error.reason
+        for row, probs in zip(rows[start:], softmax(predictor(pixels)[0]), strict=True):
+            if row.status == "ok":
+                row.label, row.confidence = classes[int(probs.argmax())], float(probs.max())
+                row.probs = dict(zip(classes, probs.tolist(), strict=True))
+    return rows
+
+
+def _decode(source: str | bytes, limits: LimitsConfig, transform: Transform) -> torch.Tensor:
     try:
-        data = storage.get(uri)
+        data = storage.get(source) if isinstance(source, str) else source
     except storage.ObjectMissingError as error:
         raise images.ImageError("missing", "there is no such object") from error
     except storage.AccessDeniedError as error:
         raise images.ImageError("denied", str(error)) from error
-    if len(data) > config.max_image_bytes:
-        raise images.ImageError("too_large", f"{len(data):,} bytes, over the limit of {config.max_image_bytes:,}")
-    return images.decode(data, max_pixels=config.max_pixels, min_side=transform.min_side)
+    if len(data) > limits.max_image_bytes:
+        raise images.ImageError("too_large", f"{len(data):,} bytes, over the limit of {limits.max_image_bytes:,}")
+    return images.decode(data, max_pixels=limits.max_pixels, min_side=transform.min_side)

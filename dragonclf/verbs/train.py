@@ -15,6 +15,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -46,6 +47,7 @@ _NOT_RESULTS = {
     "checkpoint_every",
     "max_failures",
     "mlflow_uri",
+    "log_model",
     "out",
     "name",
     *RayConfig.model_fields,
@@ -86,7 +88,7 @@ def train(config: TrainConfig) -> TrainSummary:
     model_uri = storage.join(run_uri, "model")
     if storage.stat(storage.join(model_uri, bundle.INFO)):
         log.info("train: nothing to do: the run at %s is finished", run_uri)
-        return _summary(run_uri, bundle.load_bundle(model_uri), snapshot)
+        return _finish(config, run_uri, bundle.load_bundle(model_uri), snapshot)
     log.info("train: %s with weights from %s on snapshot %s, run %s", config.arch, source, snapshot.info.id, run_uri)
     digest = zoo.backbone_digest(backbone)
     with session.connect(config.address):
@@ -105,7 +107,7 @@ def train(config: TrainConfig) -> TrainSummary:
         )
         with _followed(config, job.recipe, run_uri, name, args):
             _run_workers(config, job)
-    return _summary(run_uri, _save_bundle(config, job, args), snapshot)
+    return _finish(config, run_uri, _save_bundle(config, job, args), snapshot)
 
 
 def _compute_features(
@@ -252,7 +254,16 @@ def _validation_images(snapshot: Snapshot) -> list[bytes]:
     return [storage.get(uri) for uri in uris[::step][: canaries.COUNT]]
 
 
-def _summary(run_uri: str, made: bundle.Bundle, snapshot: Snapshot) -> TrainSummary:
+def _finish(config: TrainConfig, run_uri: str, made: bundle.Bundle, snapshot: Snapshot) -> TrainSummary:
+    if config.log_model:
+        from dragonclf.verbs import pyfunc  # with MLflow: seconds
+
+        with tempfile.TemporaryDirectory(prefix="dragonclf-model-") as temporary:
+            folder = Path(temporary, pyfunc.BUNDLE)
+            storage.download_all(made.uri, folder)
+            tracking.log_model(
+                config.mlflow_uri, run_uri, code=Path(pyfunc.__file__), folder=folder, signature=pyfunc.signature(made.info.classes)
+            )  # fmt: skip
     return TrainSummary(
         run=run_uri, model=made.uri, model_version=made.version, snapshot=snapshot.uri, classes=made.info.classes, metrics=made.info.metrics
     )  # fmt: skip

@@ -3,13 +3,18 @@
 import contextlib
 import csv
 import io
+import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import mlflow
 import psutil
 import pytest
 import torch
@@ -97,6 +102,7 @@ def training_workers(pid: int) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.filterwarnings("ignore")  # MLflow's own, in this process
 def test_number_of_workers_changes_neither_order_nor_result(data: str, tmp_path: Path):
     options = ["train", data, "--out", str(tmp_path), "--size", "64", "--mlflow-uri", f"sqlite:///{tmp_path}/mlflow.db"]
     one = commands.result(*options, "--name", "one", "--num-workers", "1")
@@ -115,6 +121,9 @@ def test_number_of_workers_changes_neither_order_nor_result(data: str, tmp_path:
     torch.testing.assert_close(head.weight.detach() * row["temperature"], weight)
     torch.testing.assert_close(head.bias.detach() * row["temperature"], bias)
 
+    check_mlflow(f"sqlite:///{tmp_path}/mlflow.db", one, [str(_first(data, label)) for label in ("blue", "red")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["features", "mlflow-models", "mlflow.db", "one", "two"]
+
     again = commands.run(*options, "--name", "two", "--num-workers", "1", "--json")
     assert again.returncode == 0
     assert "nothing to do" in again.stderr
@@ -129,6 +138,36 @@ def test_number_of_workers_changes_neither_order_nor_result(data: str, tmp_path:
     lines = [line.split() for line in seen.stdout.splitlines() if ".jpg" in line]
     assert [line[1:3] for line in lines[:2]] == [["ok", "blue"], ["ok", "red"]]
     assert "missing" in seen.stdout
+
+
+LOADED = """
+import json, sys
+import mlflow, mlflow.pyfunc, pandas as pd
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model(sys.argv[2])
+paths = sys.argv[3:]
+tables = {"uri": [*paths, "/none.jpg"], "image": [open(path, "rb").read() for path in paths] + [b"no image"]}
+print(json.dumps({name: model.predict(pd.DataFrame({name: tables[name]})).to_dict("records") for name in tables}))
+"""
+
+
+def check_mlflow(uri: str, trained: dict[str, Any], paths: list[str]) -> None:
+    """In a fresh process MLflow's copy of a model answers as `dragonclf predict` does, for URIs and for bytes."""
+    client = mlflow.MlflowClient(uri)
+    name, model_id = (storage.get(f"{trained['run']}/mlflow_{kind}_id").decode() for kind in ("run", "model"))
+    assert client.get_run(name).data.metrics["valid_accuracy"] == trained["metrics"]["valid_accuracy"]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LOADED, uri, f"models:/{model_id}", *paths], capture_output=True, text=True, check=False
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    expected = commands.result("predict", trained["model"], *paths)["predictions"]
+    for kind, status in (("uri", "missing"), ("image", "unsupported")):
+        *rows, last = found[kind]
+        assert last["status"] == status
+        for row, wanted in zip(rows, expected, strict=True):
+            assert (row["status"], row["label"], row["confidence"]) == ("ok", wanted["label"], wanted["confidence"])
+            assert {name: row[f"prob_{name}"] for name in wanted["probs"]} == wanted["probs"]
 
 
 def _first(data: str, label: str) -> Path:
