@@ -41,7 +41,9 @@ def run(
         mlflow.log_params(params)
 
     def log_metrics(row: dict[str, float]) -> None:
-        mlflow.log_metrics({key: value for key, value in row.items() if key != "epoch"}, step=int(row["epoch"]))
+        metrics = {key: value for key, value in row.items() if key != "epoch"}
+        # By its id: MLflow's open run is the thread's own, and in any other thread this would open a second one.
+        mlflow.log_metrics(metrics, step=int(row["epoch"]), run_id=active.info.run_id)
 
     with active:
         yield log_metrics

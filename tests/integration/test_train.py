@@ -156,6 +156,8 @@ def check_mlflow(uri: str, trained: dict[str, Any], paths: list[str]) -> None:
     client = mlflow.MlflowClient(uri)
     name, model_id = (storage.get(f"{trained['run']}/mlflow_{kind}_id").decode() for kind in ("run", "model"))
     assert client.get_run(name).data.metrics["valid_accuracy"] == trained["metrics"]["valid_accuracy"]
+    [experiment] = client.search_experiments(filter_string="name = 'dragonclf'")
+    assert len(client.search_runs([experiment.experiment_id])) == 2  # one for each training run
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", LOADED, uri, f"models:/{model_id}", *paths], capture_output=True, text=True, check=False
     )  # fmt: skip
