@@ -340,7 +340,6 @@ class TrainConfig(RecipeConfig, RayConfig, ExecutionConfig, ReadingConfig):
         default=None,
         description="MLflow tracking server or database. None: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here.",
     )
-
     log_model: bool = Field(
         default=True, description="Keep a copy of the model in MLflow too, for mlflow.pyfunc.load_model."
     )

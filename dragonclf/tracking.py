@@ -14,6 +14,9 @@ from dragonclf import storage
 EXPERIMENT = "dragonclf"
 RUN_ID, MODEL_ID = "mlflow_run_id", "mlflow_model_id"  # objects in the run's folder
 SQLITE = "sqlite:///"
+# MLflow reads them when it is imported, here or by verbs/pyfunc.py.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 
 @contextlib.contextmanager
@@ -49,13 +52,18 @@ def run(
         yield log_metrics
 
 
+def has_model(run_uri: str) -> bool:
+    """Whether `log_model` has kept the run's model."""
+    return storage.stat(storage.join(run_uri, MODEL_ID)) is not None
+
+
 def log_model(uri: str | None, run_uri: str, *, code: Path, folder: Path, signature: Any) -> None:
-    """Keep the bundle in `folder` with a training run, once, as a model that the Python file `code` defines.
+    """Keep the bundle in `folder` with a training run, as a model that the Python file `code` defines.
 
     ValueError if the tracking server or database does not take it.
     """
-    if storage.stat(storage.join(run_uri, MODEL_ID)):
-        return
+    import mlflow.pyfunc  # seconds more; only here needed
+
     mlflow, uri = _opened(uri)
     package = f"dragonclf=={importlib.metadata.version('dragonclf')}"
     try:
@@ -71,11 +79,8 @@ def log_model(uri: str | None, run_uri: str, *, code: Path, folder: Path, signat
 
 def _opened(uri: str | None) -> tuple[Any, str]:
     """MLflow at `uri` or its default, with our experiment; and that URI."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow  # half a second; only training needs it
     import mlflow.exceptions
-    import mlflow.pyfunc
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)

@@ -255,7 +255,7 @@ def _validation_images(snapshot: Snapshot) -> list[bytes]:
 
 
 def _finish(config: TrainConfig, run_uri: str, made: bundle.Bundle, snapshot: Snapshot) -> TrainSummary:
-    if config.log_model:
+    if config.log_model and not tracking.has_model(run_uri):
         from dragonclf.verbs import pyfunc  # with MLflow: seconds
 
         with tempfile.TemporaryDirectory(prefix="dragonclf-model-") as temporary:
