@@ -1,0 +1,96 @@
+"""Options of `train`."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dragonclf.config.shared import Config, ExecutionConfig, RayConfig, ReadingConfig
+
+
+class RecipeConfig(Config):
+    """How a network is trained."""
+
+    epochs: int = Field(default=3, ge=1, description="Passes over the training images.")
+    freeze_epochs: int = Field(
+        default=1, ge=0, description="Passes before those that train the head alone, with no-precompute."
+    )
+    lr: float = Field(
+        default=0.01,
+        gt=0,
+        description="Greatest learning rate of the one-cycle schedule. About 0.01 for the head, 0.001 for all.",
+    )
+    layer_decay: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Each layer's learning rate as a share of that of the next one towards the head, with no-precompute.",
+    )
+    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="sgd has Nesterov's momentum of 0.9.")
+    weight_decay: float = Field(default=0.01, ge=0, description="Decay of the weights, not of biases and norms.")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="Share of the target spread over all classes.")
+    class_weights: Literal["none", "balanced"] = Field(
+        default="none", description="balanced: each class weighs the same in the loss, however many images it has."
+    )
+    clip_grad: float | None = Field(default=None, gt=0, description="Greatest norm of the gradient. None: any.")
+    global_batch_size: int = Field(default=64, ge=1, description="Images per step, over all workers together.")
+    accumulate: int = Field(
+        default=1, ge=1, description="Parts in which a worker does its images of a step: less memory, the same step."
+    )
+    amp: bool = Field(default=False, description="Run the network in bf16 by autocast; weights and steps stay in f32.")
+    seed: int = Field(default=0, ge=0, description="Order of the images and augmentation.")
+    checkpoint_every: int | None = Field(
+        default=None, ge=1, description="Steps after which a checkpoint is written, beside that of each epoch."
+    )
+    calibrate: bool = Field(
+        default=True, description="Scale the model's logits by the temperature that fits the validation images best."
+    )
+    weights: Literal["last", "best"] = Field(
+        default="last", description="Epoch whose weights the model gets: best is by validation accuracy."
+    )
+
+
+class TrainConfig(RecipeConfig, RayConfig, ExecutionConfig, ReadingConfig):
+    """Options of `train`."""
+
+    data: str = Field(
+        description="Snapshot, or the folder that `index` wrote (its newest).", json_schema_extra={"positional": True}
+    )
+    out: str = Field(description="Folder or s3:// prefix under which the run's folder is made.")
+    name: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
+        description="Name of the run's folder. None: made from the options, so that equal ones resume.",
+    )
+    arch: str = Field(default="tf_efficientnet_lite0", description="Architecture, by its name in timm.")
+    pretrained: str = Field(
+        default="auto",
+        description="Weights of the backbone: package:NAME, a file or s3:// URI, hub, none (random). auto: an installed package, else hub.",
+    )
+    size: int | None = Field(
+        default=None, ge=32, le=2048, description="Side of the input in pixels. None: the backbone's own."
+    )
+    precompute: bool = Field(
+        default=True, description="Train the head on features computed once; no-precompute trains every layer."
+    )
+    num_workers: int = Field(default=1, ge=1, description="Training workers, each with one GPU if there are GPUs.")
+    max_failures: int = Field(
+        default=3, ge=0, description="Losses of workers that are survived, each from the last checkpoint."
+    )
+    synthetic_canaries: bool = Field(
+        default=False,
+        description="Put made-up pictures in the bundle instead of four validation images, where those may not be passed on.",
+    )
+    mlflow_uri: str | None = Field(
+        default=None,
+        description="MLflow tracking server or database. None: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here.",
+    )
+    log_model: bool = Field(
+        default=True, description="Keep a copy of the model in MLflow too, for mlflow.pyfunc.load_model."
+    )
+
+    @model_validator(mode="after")
+    def _check_of_all_layers(self) -> "TrainConfig":
+        for name in ("freeze_epochs", "layer_decay", "amp"):
+            if self.precompute and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"--{name.replace('_', '-')} is for training every layer: add --no-precompute")
+        return self
