@@ -41,6 +41,19 @@ class RecipeConfig(Config):
     checkpoint_every: int | None = Field(
         default=None, ge=1, description="Steps after which a checkpoint is written, beside that of each epoch."
     )
+    crop_scale: float = Field(
+        default=0.35, gt=0, le=1, description="Least share of the image that a random crop keeps, with no-precompute."
+    )
+    flips: Literal["none", "horizontal", "vertical", "both"] = Field(
+        default="horizontal", description="How images are mirrored at random, with no-precompute."
+    )
+    policy: Literal["none", "trivial"] = Field(
+        default="none",
+        description="trivial: TrivialAugment, one random change of shape or colour an image, with no-precompute.",
+    )
+    erase: float = Field(
+        default=0.0, ge=0, le=1, description="Share of images of which a random part is erased, with no-precompute."
+    )
     calibrate: bool = Field(
         default=True, description="Scale the model's logits by the temperature that fits the validation images best."
     )
@@ -69,8 +82,25 @@ class TrainConfig(RecipeConfig, RayConfig, ExecutionConfig, ReadingConfig):
     size: int | None = Field(
         default=None, ge=32, le=2048, description="Side of the input in pixels. None: the backbone's own."
     )
+    crop_pct: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Share of an image's short side that the model sees; 1: all, where what matters reaches the edge. None: the backbone's "
+        "own.",
+    )
     precompute: bool = Field(
         default=True, description="Train the head on features computed once; no-precompute trains every layer."
+    )
+    cache: bool = Field(
+        default=True,
+        description="Keep the images of a bucket on the training nodes' disks, so that each is read once, with no-precompute.",
+    )
+    cache_dir: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder on each node for them, shared by the runs there; a tenth of its disk stays free. None: the user's own in the "
+        "temporary folder.",
     )
     num_workers: int = Field(default=1, ge=1, description="Training workers, each with one GPU if there are GPUs.")
     max_failures: int = Field(
@@ -90,7 +120,7 @@ class TrainConfig(RecipeConfig, RayConfig, ExecutionConfig, ReadingConfig):
 
     @model_validator(mode="after")
     def _check_of_all_layers(self) -> "TrainConfig":
-        for name in ("freeze_epochs", "layer_decay", "amp"):
+        for name in ("freeze_epochs", "layer_decay", "amp", "crop_scale", "flips", "policy", "erase"):
             if self.precompute and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"--{name.replace('_', '-')} is for training every layer: add --no-precompute")
         return self

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torchvision.io  # registers torch.ops.image
 from PIL import ExifTags, Image, UnidentifiedImageError
+from torchvision.transforms.v2 import functional as F
 
 from dragonclf.config import MAX_PIXELS
 
@@ -90,6 +91,23 @@ def read(data: bytes, *, max_pixels: int = MAX_PIXELS, min_side: int | None = No
             raise MemoryError(reason) from error
         reason = re.sub(r"^.*\.cpp:\d+, ", "", reason)  # where in torchvision's source it was raised
         raise ImageError("unreadable", f"cannot be decoded: {reason}") from error
+
+
+def reduced(data: bytes, *, min_side: int) -> bytes:
+    """`data` itself, or where its shorter side is twice `min_side` or more, a JPEG of that side: a tenth of the time to decode again.
+
+    The JPEG has quality 95 and whole colours. Raises as `read` does.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            if min(image.size) < 2 * min_side:
+                return data
+    except Exception:  # noqa: BLE001  whoever decodes it says what is wrong
+        return data
+    pixels = F.resize(decode(data, min_side=min_side), [min_side], antialias=True)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=95, subsampling=0)
+    return buffer.getvalue()
 
 
 def _pixels(image: Image.Image, data: bytes, min_side: int | None) -> torch.Tensor:

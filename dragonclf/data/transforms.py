@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from dragonclf.data.augment import USUAL, Augment
 from dragonclf.data.images import DECODE_VERSION
 
 MAX_ASPECT = 8  # a longer image is cut around its centre first: resizing 1 x 50,000 pixels whole would fill the memory
@@ -58,15 +59,17 @@ class Transform(BaseModel):
         """Room for what `for_eval` gives: zeros, uint8 (count, 3, size, size), in memory pixel by pixel as networks like it."""
         return np.zeros((count, self.size, self.size, 3), np.uint8).transpose(0, 3, 1, 2)
 
-    def for_train(self, image: torch.Tensor, *, seed: int, epoch: int, sample: int) -> torch.Tensor:
-        """Crop at random, flip at random: uint8 (3, H, W) to uint8 (3, size, size), a function of (seed, epoch, sample).
+    def for_train(
+        self, image: torch.Tensor, *, seed: int, epoch: int, sample: int, augment: Augment = USUAL
+    ) -> torch.Tensor:
+        """Crop at random, then vary: uint8 (3, H, W) to uint8 (3, size, size), a function of (seed, epoch, sample).
 
-        Random resized crop of area 35 to 100 % and aspect 3/4 to 4/3 (Inception's, https://arxiv.org/abs/1409.4842, with the
-        narrower range that fine-tuning favours), then a horizontal flip half of the time.
+        Random resized crop of at least `augment.crop_scale` of the area and aspect 3/4 to 4/3 (Inception's,
+        https://arxiv.org/abs/1409.4842; fine-tuning favours a narrower range than its 8 to 100 %).
         """
         draw = np.random.default_rng((seed, epoch, sample))
         height, width = image.shape[1:]
-        area = height * width * draw.uniform(0.35, 1.0)
+        area = height * width * draw.uniform(augment.crop_scale, 1.0)
         aspect = math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
         crop_width = min(width, max(1, round(math.sqrt(area * aspect))))
         crop_height = min(height, max(1, round(math.sqrt(area / aspect))))
@@ -76,4 +79,4 @@ class Transform(BaseModel):
             image, top, left, crop_height, crop_width, [self.size, self.size],
             interpolation=InterpolationMode(self.interpolation), antialias=True,
         )  # fmt: skip
-        return (F.horizontal_flip(cropped) if draw.random() < 0.5 else cropped).contiguous()
+        return augment.vary(cropped, draw)

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from dragonclf.data.images import Picture
+from dragonclf.data.transforms import Transform
 from dragonclf.engine import runs
 from dragonclf.engine.image_work import ImageWork
 from dragonclf.engine.layout import FEATURES, Layout, lists
@@ -60,7 +61,7 @@ class FeatureTask(_InferenceTask):
     arch: str
     pretrained: str
     digest: str
-    size: int | None
+    transform: Transform
 
     def open(self, num_threads: int) -> "FeatureWorker":
         model = zoo.load_pretrained(self.arch, self.pretrained)
@@ -68,8 +69,9 @@ class FeatureTask(_InferenceTask):
             raise ValueError(
                 f"the weights of {self.arch} from {self.pretrained} differ between this node and the driver: install the same"
             )
-        transform = zoo.transform_for(model, size=self.size)
-        predictor = Predictor(model, transform, self.execution, batch_size=self.batch_size, num_threads=num_threads)
+        predictor = Predictor(
+            model, self.transform, self.execution, batch_size=self.batch_size, num_threads=num_threads
+        )
         return FeatureWorker(predictor)
 
 

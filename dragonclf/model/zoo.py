@@ -105,13 +105,13 @@ def backbone_digest(model: nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
-def transform_for(model: nn.Module, *, size: int | None = None) -> Transform:
-    """The preprocessing that the model's weights were trained with, at `size` pixels (None: their own)."""
+def transform_for(model: nn.Module, *, size: int | None = None, crop_pct: float | None = None) -> Transform:
+    """The preprocessing that the model's weights were trained with, but for `size` in pixels and `crop_pct` where given."""
     cfg = _config(model)
     own = WEIGHT_PACKAGES.get(cfg["architecture"], ("", "", cfg["input_size"][-1]))[2]
     interpolation = "bicubic" if cfg["interpolation"] == "random" else cfg["interpolation"]
     transform = Transform(
-        size=size or own, crop_pct=cfg["crop_pct"], interpolation=interpolation, mean=cfg["mean"], std=cfg["std"]
+        size=size or own, crop_pct=crop_pct or cfg["crop_pct"], interpolation=interpolation, mean=cfg["mean"], std=cfg["std"]
     )  # fmt: skip
     return transform.model_copy(update={"min_side": SPARE * transform.short_side})
 

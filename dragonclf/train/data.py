@@ -4,9 +4,11 @@ Both give, for a list of sample indices, an input tensor and the class indices; 
 instance each.
 """
 
-from collections.abc import Iterable, Iterator
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -15,13 +17,16 @@ import torch
 
 from dragonclf import storage
 from dragonclf.data import images
+from dragonclf.data.augment import USUAL, Augment
 from dragonclf.data.snapshot import Snapshot, read_rows
 from dragonclf.data.transforms import Transform
 from dragonclf.engine import published
+from dragonclf.train.cache import ImageCache
 
 PREFETCH_BATCHES = 3
 
 Batch = tuple[torch.Tensor, torch.Tensor]
+T = TypeVar("T")
 
 
 class Samples(Protocol):
@@ -62,33 +67,36 @@ class Features:
 
 
 class Images:
-    """Images read from storage when their turn comes, decoded and augmented in threads: uint8 (N, 3, S, S).
+    """Images read when their turn comes, decoded and varied in threads: uint8 (N, 3, S, S).
 
-    `seed` draws the augmentation of training images; None means the evaluation transform.
+    `seed` draws how training images are varied, by `augment`; None means the evaluation transform, as scoring applies it. `table` has the
+    columns uri and label, and perhaps sha256: then no other content is taken for the image. What is in the `cache` is not read from S3.
     """
 
     def __init__(
         self,
-        uris: list[str],
-        labels: list[str],
+        table: pa.Table,
         classes: list[str],
         transform: Transform,
         *,
-        seed: int | None,
         num_threads: int,
+        seed: int | None = None,
+        augment: Augment = USUAL,
+        cache: ImageCache | None = None,
     ):
-        self._uris, self.targets = uris, _targets(labels, classes)
-        self._transform, self._seed = transform, seed
+        self._uris, self.targets = table["uri"].to_pylist(), _targets(table["label"].to_pylist(), classes)
+        self._transform, self._seed, self._augment = transform, seed, augment
+        self._cache = cache
+        self._digests = table["sha256"].to_pylist() if "sha256" in table.column_names else None
         self._pool = ThreadPoolExecutor(num_threads, "decode")
 
     @classmethod
     def of_split(
-        cls, snapshot: Snapshot, split: str, transform: Transform, *, seed: int | None, num_threads: int
+        cls, snapshot: Snapshot, split: str, transform: Transform, *, num_threads: int, **options: Any
     ) -> "Images":
-        """All of a snapshot's split."""
-        table = pa.concat_tables(read_rows(snapshot, splits=[split], columns=["uri", "label"]))
-        uris, labels = (table[name].to_pylist() for name in ("uri", "label"))
-        return cls(uris, labels, snapshot.info.classes, transform, seed=seed, num_threads=num_threads)
+        """All of a snapshot's split. `options` are the further ones above."""
+        table = pa.concat_tables(read_rows(snapshot, splits=[split], columns=["uri", "label", "sha256"]))
+        return cls(table, snapshot.info.classes, transform, num_threads=num_threads, **options)
 
     def __len__(self) -> int:
         return len(self._uris)
@@ -108,12 +116,52 @@ class Images:
     def _read(self, sample: int, epoch: int) -> torch.Tensor:
         uri = self._uris[sample]
         try:
-            image = images.decode(storage.get(uri), min_side=self._transform.min_side)
+            if self._seed is None:
+                return self._for_eval(sample)
+            image = self._for_crops(sample)
         except (images.ImageError, storage.ObjectMissingError) as error:
             raise _lost(uri, str(error)) from error
-        if self._seed is None:
-            return self._transform.for_eval(image).clone()  # a view would keep the whole image
-        return self._transform.for_train(image, seed=self._seed, epoch=epoch, sample=sample)
+        return self._transform.for_train(image, seed=self._seed, epoch=epoch, sample=sample, augment=self._augment)
+
+    def _for_eval(self, sample: int) -> torch.Tensor:
+        """What scoring sees; cached as pixels."""
+        shape = (3, self._transform.size, self._transform.size)
+
+        def made() -> bytes:
+            image = images.decode(self._get(sample), min_side=self._transform.min_side)
+            return self._transform.for_eval(image).contiguous().numpy().tobytes()
+
+        def opened(pixels: bytes) -> torch.Tensor:
+            return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).reshape(shape)
+
+        return self._cached(sample, f"eval-{self._transform.digest}", made, opened)
+
+    def _for_crops(self, sample: int) -> torch.Tensor:
+        """The image, no larger than crops need; cached as it came, or smaller."""
+        side = self._transform.min_side
+        made = partial(images.reduced, min_side=side) if side else bytes
+        return self._cached(sample, f"crops-{side}", lambda: made(self._get(sample)), images.decode)
+
+    def _cached(self, sample: int, kind: str, made: Callable[[], bytes], opened: Callable[[bytes], T]) -> T:
+        if self._cache is None or self._digests is None or not storage.is_s3(self._uris[sample]):
+            return opened(made())
+        name = f"{self._digests[sample]}-{kind}"
+        data = self._cache.get(name)
+        if data is not None:
+            try:
+                return opened(data)
+            except (images.ImageError, ValueError, RuntimeError):  # damaged on this disk
+                self._cache.drop(name)
+        data = made()
+        found = opened(data)
+        self._cache.put(name, data)
+        return found
+
+    def _get(self, sample: int) -> bytes:
+        data = storage.get(self._uris[sample])
+        if self._digests and hashlib.sha256(data).hexdigest() != self._digests[sample]:
+            raise images.ImageError("changed", "another image is there now")
+        return data
 
 
 def _targets(labels: list[str], classes: list[str]) -> torch.Tensor:

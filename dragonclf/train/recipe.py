@@ -13,6 +13,7 @@ from timm.optim import (  # pyright: ignore[reportPrivateImportUsage]
 )
 from torch import nn
 
+from dragonclf.data.augment import Augment
 from dragonclf.model.predictor import Network
 
 WARM_UP = 0.3  # share of a phase's steps
@@ -22,6 +23,7 @@ AFTER_FROZEN = 0.5  # of the learning rate, once the head is no longer trained a
 class Recipe(BaseModel):
     """The numbers of a training run."""
 
+    augment: Augment = Augment()
     epochs: int
     freeze_epochs: int = 0
     lr: float

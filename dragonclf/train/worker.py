@@ -1,6 +1,7 @@
 """What Ray Train starts on every worker: build data and model from a small job description, then run the loop."""
 
 import functools
+from pathlib import Path
 
 import ray.train
 import ray.train.torch
@@ -9,9 +10,11 @@ from pydantic import BaseModel
 from torch import nn
 
 from dragonclf.data.snapshot import Snapshot
+from dragonclf.data.transforms import Transform
 from dragonclf.model import zoo
 from dragonclf.model.predictor import Network
 from dragonclf.train import loop
+from dragonclf.train.cache import ImageCache, user_folder
 from dragonclf.train.data import Features, Images, Samples
 from dragonclf.train.recipe import Recipe
 
@@ -25,9 +28,11 @@ class TrainJob(BaseModel):
     arch: str
     pretrained: str
     backbone_digest: str
-    size: int | None
+    transform: Transform
     recipe: Recipe
     num_threads: int
+    cache: bool
+    cache_dir: str | None  # on every node
 
 
 def train_worker(job_json: dict[str, str]) -> None:
@@ -68,9 +73,9 @@ def _features_job(job: TrainJob) -> tuple[nn.Module, Samples, Samples]:
 
 def _images_job(job: TrainJob) -> tuple[nn.Module, Samples, Samples]:
     model = load_backbone(job)
-    transform = zoo.transform_for(model, size=job.size)
-    train, valid = (
-        Images.of_split(job.snapshot, split, transform, seed=seed, num_threads=job.num_threads)
-        for split, seed in (("train", job.recipe.seed), ("valid", None))
+    cache = ImageCache(Path(job.cache_dir) if job.cache_dir else user_folder()) if job.cache else None
+    opened = functools.partial(
+        Images.of_split, job.snapshot, transform=job.transform, num_threads=job.num_threads, cache=cache
     )
-    return Network(model, transform), train, valid
+    train = opened("train", seed=job.recipe.seed, augment=job.recipe.augment)
+    return Network(model, job.transform), train, opened("valid")

@@ -3,11 +3,13 @@
 import hashlib
 import heapq
 import logging
+import operator
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
 import numpy as np
+import pyarrow as pa
 import torch
 from pydantic import BaseModel, Field
 
@@ -114,15 +116,12 @@ def _draw(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Batches of up to `count` images of a split, uint8 (N, 3, S, S), and their classes int64 (N,): always the same ones."""
     rows = (
-        (hashlib.sha256(uri.encode()).digest(), uri, label)
+        (hashlib.sha256(uri.encode()).digest(), {"uri": uri, "label": label})
         for table in read_rows(snapshot, splits=[split], columns=["uri", "label"])
         for uri, label in zip(*(column.to_pylist() for column in table.columns), strict=True)
     )
-    drawn = heapq.nsmallest(count, rows)
-    images = Images(
-        [uri for _, uri, _ in drawn], [label for _, _, label in drawn], loaded.info.classes, loaded.info.transform,
-        seed=None, num_threads=num_threads,
-    )  # fmt: skip
+    drawn = pa.Table.from_pylist([row for _, row in heapq.nsmallest(count, rows, key=operator.itemgetter(0))])
+    images = Images(drawn, loaded.info.classes, loaded.info.transform, num_threads=num_threads)
     indices = np.array_split(np.arange(len(images)), range(batch_size, len(images), batch_size))
     for pixels, targets in images.batches(indices, epoch=0):
         yield pixels.numpy(), targets.numpy()

@@ -32,7 +32,7 @@ def test_training_and_scoring_have_the_same_pixels(size: tuple[int, int], tmp_pa
     model = timm.create_model(MODEL, pretrained=False, num_classes=2)
     transform = zoo.transform_for(model, size=SIZE)
     assert transform.min_side == 2 * transform.short_side
-    samples = Images([uri], ["a"], ["a", "b"], transform, seed=None, num_threads=1)
+    samples = Images(pa.table({"uri": [uri], "label": ["a"]}), ["a", "b"], transform, num_threads=1)
     ((trained, _),) = samples.batches([np.zeros(1, np.int64)], epoch=0)
     seen = spied_on(FeatureWorker(Predictor(model, transform, F32, batch_size=1)))
     planned = pa.table({"uri": [uri], "etag": pa.nulls(1, pa.string()), "size": pa.nulls(1, pa.int64())})
