@@ -103,6 +103,11 @@ class TrainConfig(RecipeConfig, RayConfig, ExecutionConfig, ReadingConfig):
         "temporary folder.",
     )
     num_workers: int = Field(default=1, ge=1, description="Training workers, each with one GPU if there are GPUs.")
+    min_workers: int | None = Field(
+        default=None,
+        ge=1,
+        description="Workers to go on with when nodes are lost; once a minute those that there is room for again join. None: num-workers.",
+    )
     max_failures: int = Field(
         default=3, ge=0, description="Losses of workers that are survived, each from the last checkpoint."
     )
@@ -117,6 +122,12 @@ class TrainConfig(RecipeConfig, RayConfig, ExecutionConfig, ReadingConfig):
     log_model: bool = Field(
         default=True, description="Keep a copy of the model in MLflow too, for mlflow.pyfunc.load_model."
     )
+
+    @model_validator(mode="after")
+    def _check_workers(self) -> "TrainConfig":
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(f"--min-workers {self.min_workers} is more than --num-workers {self.num_workers}")
+        return self
 
     @model_validator(mode="after")
     def _check_of_all_layers(self) -> "TrainConfig":

@@ -6,7 +6,10 @@ RUN/checkpoints/latest.pt    all that the next step depends on: after each epoch
 """
 
 import csv
+import hashlib
 import io
+import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
@@ -15,6 +18,7 @@ import torch
 
 from dragonclf import storage
 
+AGREE_TRIES, AGREE_S = 10, 1.0
 FOLDER, LATEST, BEST, RESULTS = "checkpoints", "latest.pt", "best.pt", "results.csv"
 
 Row = dict[str, float]
@@ -71,8 +75,31 @@ def is_best(history: list[Row]) -> bool:
 
 def load(run_uri: str, name: str = LATEST) -> dict[str, Any] | None:
     """A checkpoint, its tensors on the CPU, or None if there is none yet. Loads no pickled code."""
+    return _opened(_read(run_uri, name))
+
+
+def load_agreed(run_uri: str, agree: Callable[[int], bool]) -> dict[str, Any] | None:
+    """As `load`, the same on all workers: `agree` tells whether they all call it with the same number, here that of the content.
+
+    StorageError if they see different ones for long: something still writes there.
+    """
+    for _ in range(AGREE_TRIES):
+        data = _read(run_uri, LATEST)
+        if agree(int.from_bytes(hashlib.sha256(data or b"").digest()[:7], "big")):
+            return _opened(data)
+        time.sleep(AGREE_S)
+    raise storage.StorageError(
+        f"the checkpoint under {run_uri} keeps changing while workers start from it: end the other command that trains this run"
+    )
+
+
+def _read(run_uri: str, name: str) -> bytes | None:
     found = storage.get_if_exists(storage.join(run_uri, FOLDER, name))
-    return torch.load(io.BytesIO(found[0]), map_location="cpu", weights_only=True) if found else None
+    return found[0] if found else None
+
+
+def _opened(data: bytes | None) -> dict[str, Any] | None:
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True) if data else None
 
 
 def write_results(run_uri: str, history: list[Row]) -> None:

@@ -70,7 +70,7 @@ def fit(
     being finite.
     """
     trainer = _Trainer(model, train, recipe, rank=rank, world_size=world_size, device=device)
-    done = trainer.resume(checkpoint.load(run_uri))
+    done = trainer.resume(checkpoint.load_agreed(run_uri, _all_equal))
     if rank == 0 and trainer.history and checkpoint.read_results(run_uri) != trainer.history:
         checkpoint.write_results(run_uri, trainer.history)  # killed between a checkpoint and its results
     parallel: nn.Module | None = None
@@ -244,6 +244,16 @@ def _reduced(sums: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(sums)
     return sums
+
+
+def _all_equal(number: int) -> bool:
+    """Whether all workers call this with the same number, of less than 63 bits."""
+    if not dist.is_initialized():
+        return True
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    least_and_most = torch.tensor([number, -number], device=device)
+    dist.all_reduce(least_and_most, dist.ReduceOp.MIN)
+    return int(least_and_most[0]) == -int(least_and_most[1])
 
 
 def _train_mode(model: nn.Module) -> None:

@@ -52,6 +52,7 @@ _NOT_RESULTS = {
     "num_workers",
     "checkpoint_every",
     "max_failures",
+    "min_workers",
     "mlflow_uri",
     "log_model",
     "out",
@@ -165,7 +166,7 @@ def _run_workers(config: TrainConfig, job: worker.TrainJob) -> None:
             worker.train_worker,
             train_loop_config={"job": job.model_dump_json()},
             scaling_config=ray.train.ScalingConfig(
-                num_workers=config.num_workers,
+                num_workers=(config.min_workers, config.num_workers) if config.min_workers else config.num_workers,
                 use_gpu=use_gpu,
                 resources_per_worker={"CPU": job.num_threads} | ({"GPU": 1} if use_gpu else {}),
             ),

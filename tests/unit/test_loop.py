@@ -1,5 +1,6 @@
 """The training loop in one process on the CPU: it learns, resumes to the same bits, and stops on nonsense."""
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from dragonclf import storage
 from dragonclf.data.transforms import Transform
 from dragonclf.model.predictor import Network
 from dragonclf.train import checkpoint, loop
@@ -187,10 +189,13 @@ class Pictures:
             yield self._pixels[index], self.targets[index]
 
 
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
 ALL_LAYERS = Recipe(
     epochs=2, freeze_epochs=1, lr=0.01, weight_decay=0.05, layer_decay=0.8, label_smoothing=0.1, class_weights="balanced", clip_grad=1.0,
     global_batch_size=8, accumulate=2, checkpoint_every=2, seed=3,
 )  # fmt: skip
+TWENTY_STEPS = ALL_LAYERS.model_copy(update={"epochs": 3})  # 24
 NUM_PICTURES = 45  # not a multiple of the batch: five samples in the last step
 PICTURES = Pictures(NUM_PICTURES, seed=4)
 
@@ -272,18 +277,80 @@ def _of_two(rank: int, run_uri: str, meeting: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     try:
-        recipe = ALL_LAYERS.model_copy(update={"accumulate": 1})
-        fit_all_layers(run_uri, recipe=recipe, drop_rate=0.0, rank=rank, world_size=2)
+        step_losses = _trace(TWENTY_STEPS.model_copy(update={"accumulate": 1}), run_uri, rank=rank, world_size=2)
+        Path(f"{run_uri}-losses-{rank}.json").write_text(json.dumps(step_losses))
     finally:
         dist.destroy_process_group()
 
 
+def _trace(recipe: Recipe, run_uri: str, *, rank: int = 0, world_size: int = 1) -> list[float]:
+    """Train, and return this worker's share of the sum of losses of each step."""
+    losses: list[float] = []
+    new_loss = Recipe.new_loss
+
+    def traced(self: Recipe, targets: torch.Tensor, device: torch.device) -> Loss:
+        loss = new_loss(self, targets, device)
+
+        def kept(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+            found = loss(logits, classes)
+            losses.append(float(found.detach()))
+            return found
+
+        return kept
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recipe, "new_loss", traced)
+        fit_all_layers(run_uri, recipe=recipe, drop_rate=0.0, rank=rank, world_size=world_size)
+    return [sum(losses[first : first + recipe.accumulate]) for first in range(0, len(losses), recipe.accumulate)]
+
+
 def test_two_workers_train_all_layers_as_one_that_accumulates(tmp_path: Path):
-    mp.spawn(_of_two, args=(str(tmp_path / "two"), str(tmp_path / "meeting")), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
-    one = fit_all_layers(str(tmp_path / "one"), drop_rate=0.0)
-    state = checkpoint.load(str(tmp_path / "two"))
-    assert state is not None
-    for key, tensor in one.items():
-        torch.testing.assert_close(state["model"][key], tensor, atol=1e-4, rtol=1e-4)
-    for alone, shared in zip(rows_of(str(tmp_path / "one")), rows_of(str(tmp_path / "two")), strict=True):
-        assert shared == pytest.approx(alone, rel=1e-4)
+    """Each step's loss, each epoch's figures, and the weights."""
+    two, one = str(tmp_path / "two"), str(tmp_path / "one")
+    mp.spawn(_of_two, args=(two, str(tmp_path / "meeting")), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    alone = _trace(TWENTY_STEPS, one)
+    shared = [json.loads(Path(f"{two}-losses-{rank}.json").read_text()) for rank in (0, 1)]
+    assert len(alone) == len(shared[0]) >= 20
+    for step, loss in enumerate(alone):
+        # in the short last step of an epoch a worker may hold a picture of weight 0 only
+        assert sum(losses[step] for losses in shared) == pytest.approx(loss, rel=1e-4), step
+    states = [checkpoint.load(uri) for uri in (one, two)]
+    assert states[0]
+    assert states[1]
+    for key, tensor in states[0]["model"].items():
+        torch.testing.assert_close(states[1]["model"][key], tensor, atol=1e-4, rtol=1e-4)
+    for row, other in zip(rows_of(one), rows_of(two), strict=True):
+        assert other == pytest.approx(row, rel=1e-4)
+
+
+def _disagree(rank: int, run_uri: str, meeting: str) -> None:
+    """The second worker of two reads another checkpoint than the first one, once or for ever."""
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    checkpoint.AGREE_S, read = 0.01, checkpoint._read
+    seen = 0
+
+    def stale(uri: str, name: str) -> bytes | None:
+        nonlocal seen
+        seen += 1
+        return None if rank == 1 and seen <= late else read(uri, name)
+
+    checkpoint._read = stale
+    try:
+        late = 3
+        state = checkpoint.load_agreed(run_uri, loop._all_equal)
+        assert state
+        assert state["epoch"] == 7
+        assert seen == 4
+        late = 1000
+        with pytest.raises(
+            storage.StorageError, match=r"keeps changing while workers start from it: end the other command"
+        ):
+            checkpoint.load_agreed(run_uri, loop._all_equal)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_workers_start_from_one_checkpoint_or_not_at_all(tmp_path: Path):
+    with checkpoint.Writer(str(tmp_path)) as writer:
+        writer.save({"epoch": 7, "model": {}, "history": []})
+    mp.spawn(_disagree, args=(str(tmp_path), str(tmp_path / "meeting")), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
