@@ -1,6 +1,8 @@
 """Command-line parameters out of a config model, so that an option is named, typed, documented and defaulted in one place."""
 
 import inspect
+import types
+import typing
 from typing import Annotated, Any
 
 import typer
@@ -57,8 +59,14 @@ def _parameter(name: str, field: FieldInfo, defaults: dict[str, Any]) -> inspect
         name,
         inspect.Parameter.KEYWORD_ONLY,
         default=inspect.Parameter.empty if required else defaults.get(name, field.default),
-        annotation=Annotated[field.annotation, info],
+        annotation=Annotated[_typed(field.annotation), info],
     )
+
+
+def _typed(annotation: Any) -> Any:
+    """The type as Typer knows it: a choice of several is text there, which the model's validation reads."""
+    kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+    return str if typing.get_origin(annotation) in (types.UnionType, typing.Union) and len(kinds) > 1 else annotation
 
 
 def _is_positional(field: FieldInfo) -> bool:

@@ -1,6 +1,6 @@
 """Options of `train`."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,10 +14,9 @@ class RecipeConfig(Config):
     freeze_epochs: int = Field(
         default=1, ge=0, description="Passes before those that train the head alone, with no-precompute."
     )
-    lr: float = Field(
+    lr: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         default=0.01,
-        gt=0,
-        description="Greatest learning rate of the one-cycle schedule. About 0.01 for the head, 0.001 for all.",
+        description="Greatest learning rate of the one-cycle schedule. About 0.01 for the head, 0.001 for all. auto: found by a sweep.",
     )
     layer_decay: float = Field(
         default=1.0,
@@ -106,7 +105,7 @@ class TrainConfig(RecipeConfig, RayConfig, ExecutionConfig, ReadingConfig):
     min_workers: int | None = Field(
         default=None,
         ge=1,
-        description="Workers to go on with when nodes are lost; once a minute those that there is room for again join. None: num-workers.",
+        description="Workers to go on with when nodes are lost; those that there is room for again join in a minute. None: num-workers.",
     )
     max_failures: int = Field(
         default=3, ge=0, description="Losses of workers that are survived, each from the last checkpoint."

@@ -60,7 +60,9 @@ def resolve_pretrained(arch: str, pretrained: str) -> str:
 def load_pretrained(arch: str, source: str) -> nn.Module:
     """Return the timm model with the weights of a resolved `source` and the head that came with them, in eval mode."""
     if source == "none":
-        model = timm.create_model(arch, pretrained=False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # every node has to come to the same ones
+            model = timm.create_model(arch, pretrained=False)
     elif source == "hub":
         try:
             model = timm.create_model(arch, pretrained=True)

@@ -21,7 +21,7 @@ from dragonclf.train.data import Batch, Samples
 from dragonclf.train.order import Order
 from dragonclf.train.recipe import Recipe, freeze, set_lr
 
-EVAL_BATCH_SIZE = 256
+EVAL_BATCH_SIZE = 64
 
 
 class Head(nn.Module):
@@ -69,7 +69,7 @@ def fit(
     `wrap` makes the model data-parallel; `report` gets each epoch's metrics, equal on every worker. ValueError if the loss stops
     being finite.
     """
-    trainer = _Trainer(model, train, recipe, rank=rank, world_size=world_size, device=device)
+    trainer = Trainer(model, train, recipe, rank=rank, world_size=world_size, device=device)
     done = trainer.resume(checkpoint.load_agreed(run_uri, _all_equal))
     if rank == 0 and trainer.history and checkpoint.read_results(run_uri) != trainer.history:
         checkpoint.write_results(run_uri, trainer.history)  # killed between a checkpoint and its results
@@ -96,7 +96,11 @@ def fit(
                 **_validate(model, valid, rank, world_size, device),
                 "lr": lr,
             }
-            times = {"seconds": round(time.monotonic() - started_s, 3), "waited": round(waited_s / trained_s, 4)}
+            times = {
+                "seconds": round(time.monotonic() - started_s, 3),
+                "waited": round(waited_s / trained_s, 4),
+                "workers": world_size,
+            }
             trainer.history.append(row | times)
             save(trainer.state(done), best=checkpoint.is_best(trainer.history))
             report(row)
@@ -111,7 +115,7 @@ class _Done:
     loss: float = 0.0
 
 
-class _Trainer:
+class Trainer:
     """A model, its optimizer, and where they are."""
 
     def __init__(
@@ -120,9 +124,10 @@ class _Trainer:
         self._model = model.to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self._train, self._recipe = train, recipe
         self._rank, self._world_size, self._device = rank, world_size, device
-        self._order = Order(len(train), recipe.global_batch_size, recipe.seed)
+        self.order = Order(len(train), recipe.global_batch_size, recipe.seed)
         self._optimizer = recipe.new_optimizer(model)
         self._loss = recipe.new_loss(train.targets, device)
+        self._waited_s = 0.0
         self.history: list[dict[str, float]] = []
 
     def resume(self, state: dict[str, Any] | None) -> _Done:
@@ -144,34 +149,51 @@ class _Trainer:
         self, parallel: nn.Module, epoch: int, done: _Done, save: Callable[[dict[str, Any]], None]
     ) -> tuple[float, float, float]:
         """Mean loss of the epoch's images over all workers, the head's last learning rate, and the seconds spent waiting for data here."""
-        recipe, order = self._recipe, self._order
-        _train_mode(self._model)
-        own = order.batches(epoch, rank=self._rank, world_size=self._world_size)[done.step :]
-        micro = [part for batch in own for part in np.array_split(batch, recipe.accumulate)]
-        # A worker without an image in a short last step still joins it, with some image at weight 0: all-reduce waits for everyone.
-        filled = [part if len(part) else np.zeros(1, np.int64) for part in micro]
-        batches = _Timed(self._train.batches(filled, epoch=epoch))
-        weights = (float(len(part) > 0) for part in micro)
+        recipe, num_steps, waited_s = self._recipe, self.order.num_steps, self._waited_s
         total = torch.tensor(done.loss if self._rank == 0 else 0.0, dtype=torch.float64, device=self._device)
-        lr = 0.0
-        for step in range(done.step, order.num_steps):
+
+        def lr_at(step: int) -> float:
+            return recipe.lr_at(epoch, step, num_steps=num_steps)
+
+        for place, loss in self.steps(parallel, epoch, first=done.step, lr_at=lr_at):
+            total += loss
+            if recipe.checkpoint_every and place % recipe.checkpoint_every == 0 and place < num_steps:
+                save(self.state(_Done(epoch, place, _finite(total.clone(), epoch))))
+        return _finite(total, epoch) / self.order.num_samples, lr_at(num_steps - 1), self._waited_s - waited_s
+
+    def steps(
+        self, parallel: nn.Module, epoch: int, *, first: int, lr_at: Callable[[int], float]
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Take an epoch's steps from `first` on; yield after each how many are done and the sum of the losses of this worker's images."""
+        recipe, order = self._recipe, self.order
+        _train_mode(self._model)
+        own = order.batches(epoch, rank=self._rank, world_size=self._world_size)
+        micro = [part for batch in own[first:] for part in np.array_split(batch, recipe.accumulate)]
+        # A worker without an image in a short last step still joins it, with one of its images at weight 0: all-reduce waits for everyone.
+        filler = own[0][:1] if len(own[0]) else np.zeros(1, np.int64)
+        batches = self._train.batches([part if len(part) else filler for part in micro], epoch=epoch)
+        weights = (float(len(part) > 0) for part in micro)
+        for step in range(first, order.num_steps):
             torch.manual_seed(_draw(recipe.seed, epoch, step, self._rank))  # dropout
-            lr = recipe.lr_at(epoch, step, num_steps=order.num_steps)
-            set_lr(self._optimizer, lr)
+            set_lr(self._optimizer, lr_at(step))
             self._optimizer.zero_grad(set_to_none=True)
             share = self._world_size / order.global_count(step)  # data-parallel averages gradients over workers
+            total = torch.zeros((), dtype=torch.float64, device=self._device)
             for number in range(recipe.accumulate):
                 with _alone(parallel, alone=number + 1 < recipe.accumulate):
-                    loss = self._sum_of_losses(parallel, next(batches)) * next(weights)
+                    loss = self._sum_of_losses(parallel, self._next(batches)) * next(weights)
                     (loss * share).backward()
                 total += loss.detach()
             if recipe.clip_grad:
                 nn.utils.clip_grad_norm_(self._model.parameters(), recipe.clip_grad)
             self._optimizer.step()
-            place = step + 1
-            if recipe.checkpoint_every and place % recipe.checkpoint_every == 0 and place < order.num_steps:
-                save(self.state(_Done(epoch, place, _finite(total.clone(), epoch))))
-        return _finite(total, epoch) / order.num_samples, lr, batches.waited_s
+            yield step + 1, total
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        started_s = time.monotonic()
+        batch = next(batches)
+        self._waited_s += time.monotonic() - started_s
+        return batch
 
     def _sum_of_losses(self, parallel: nn.Module, batch: Batch) -> torch.Tensor:
         inputs, targets = (tensor.to(self._device, non_blocking=True) for tensor in batch)
@@ -180,23 +202,9 @@ class _Trainer:
         return self._loss(logits, targets)
 
 
-class _Timed:
-    """An iterator that knows how long it was waited for."""
-
-    def __init__(self, batches: Iterator[Batch]):
-        self._batches = batches
-        self.waited_s = 0.0
-
-    def __next__(self) -> Batch:
-        started_s = time.monotonic()
-        batch = next(self._batches)
-        self.waited_s += time.monotonic() - started_s
-        return batch
-
-
 def _finite(total: torch.Tensor, epoch: int) -> float:
     """The sum of losses over all workers. ValueError if it is not finite: such a state is not worth keeping."""
-    loss = float(_reduced(total))
+    loss = float(reduced(total))
     if not np.isfinite(loss):
         raise ValueError(f"the loss is {loss} in epoch {epoch + 1}: lower --lr")
     return loss
@@ -228,10 +236,10 @@ def _validate(model: nn.Module, valid: Samples, rank: int, world_size: int, devi
         sums[0] += nn.functional.cross_entropy(logits, targets, reduction="sum")
         sums[1] += (logits.argmax(1) == targets).sum()
         sums[2] += len(targets)
-    loss, correct, count = _reduced(sums).tolist()
+    loss, correct, count = reduced(sums).tolist()
     none = torch.zeros(0, 1, device=device), torch.zeros(0, dtype=torch.int64, device=device)
     logits, targets = (torch.cat(tensors) for tensors in zip(*(kept or [none]), strict=True))
-    found = calibration.calibrate(logits, targets, _reduced)
+    found = calibration.calibrate(logits, targets, reduced)
     return {"valid_loss": loss / count, "valid_accuracy": correct / count, **found}
 
 
@@ -240,7 +248,8 @@ def _logits(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
-def _reduced(sums: torch.Tensor) -> torch.Tensor:
+def reduced(sums: torch.Tensor) -> torch.Tensor:
+    """The sum over all workers."""
     if dist.is_initialized():
         dist.all_reduce(sums)
     return sums

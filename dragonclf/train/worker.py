@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import ray.train
 import ray.train.torch
@@ -13,7 +14,7 @@ from dragonclf.data.snapshot import Snapshot
 from dragonclf.data.transforms import Transform
 from dragonclf.model import zoo
 from dragonclf.model.predictor import Network
-from dragonclf.train import loop
+from dragonclf.train import loop, lr_find
 from dragonclf.train.cache import ImageCache, user_folder
 from dragonclf.train.data import Features, Images, Samples
 from dragonclf.train.recipe import Recipe
@@ -30,6 +31,7 @@ class TrainJob(BaseModel):
     backbone_digest: str
     transform: Transform
     recipe: Recipe
+    find_lr: bool
     num_threads: int
     cache: bool
     cache_dir: str | None  # on every node
@@ -41,18 +43,17 @@ def train_worker(job_json: dict[str, str]) -> None:
     torch.set_num_threads(job.num_threads)
     context = ray.train.get_context()
     model, train, valid = (_images_job if job.features_uri is None else _features_job)(job)
-    loop.fit(
-        model,
-        train,
-        valid,
-        job.recipe,
-        run_uri=job.run_uri,
-        rank=context.get_world_rank(),
-        world_size=context.get_world_size(),
-        device=ray.train.torch.get_device(),
-        wrap=functools.partial(ray.train.torch.prepare_model, move_to_device=False),
-        report=ray.train.report,
-    )
+    here: dict[str, Any] = {
+        "run_uri": job.run_uri,
+        "rank": context.get_world_rank(),
+        "world_size": context.get_world_size(),
+        "device": ray.train.torch.get_device(),
+        "wrap": functools.partial(ray.train.torch.prepare_model, move_to_device=False),
+    }
+    recipe = job.recipe
+    if job.find_lr:
+        recipe = recipe.model_copy(update={"lr": lr_find.find(model, train, recipe, **here)})
+    loop.fit(model, train, valid, recipe, report=ray.train.report, **here)
 
 
 def load_backbone(job: TrainJob) -> nn.Module:

@@ -44,6 +44,7 @@ MAX_CPUS_PER_WORKER = 8
 # the next: for tf_efficientnet_lite0 that is 60 % of the step. So it keeps them, in one arena.
 KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 POLL_S = 1.0
+RESIZE_POLL_S = 30.0  # each resizing starts the workers anew
 # Options that change where, how fast or whether a run gets done, and not what it comes to.
 _NOT_RESULTS = {
     "batch_size",
@@ -110,7 +111,8 @@ def train(config: TrainConfig) -> TrainSummary:
             pretrained=source,
             backbone_digest=digest,
             transform=transform,
-            recipe=_recipe(config),
+            recipe=recipe(config),
+            find_lr=config.lr == "auto",
             num_threads=_cpus_per_worker(config),
             cache=config.cache,
             cache_dir=config.cache_dir,
@@ -144,9 +146,11 @@ def _compute_features(
     ).uri
 
 
-def _recipe(config: TrainConfig) -> Recipe:
+def recipe(config: TrainConfig) -> Recipe:
+    """What the options come to for the loop."""
     given = config.model_dump(include=set(Recipe.model_fields))
     given["augment"] = config.model_dump(include=set(Augment.model_fields))
+    given["lr"] = 1.0 if config.lr == "auto" else config.lr  # auto: the workers find it
     return Recipe.model_validate(given | ({"freeze_epochs": 0} if config.precompute else {}))
 
 
@@ -162,12 +166,13 @@ def _cpus_per_worker(config: TrainConfig) -> int:
 def _run_workers(config: TrainConfig, job: worker.TrainJob) -> None:
     use_gpu = session.has_gpu(config.address) and config.device != "cpu"
     with tempfile.TemporaryDirectory(prefix="dragonclf-train-") as folder:
-        trainer = ray.train.torch.TorchTrainer(
+        trainer = _Trainer(
             worker.train_worker,
             train_loop_config={"job": job.model_dump_json()},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=(config.min_workers, config.num_workers) if config.min_workers else config.num_workers,
                 use_gpu=use_gpu,
+                elastic_resize_monitor_interval_s=RESIZE_POLL_S,
                 resources_per_worker={"CPU": job.num_threads} | ({"GPU": 1} if use_gpu else {}),
             ),
             # Ray Train keeps nothing that matters: checkpoints are our own. A name of its own each time, since it resumes by name.
@@ -182,6 +187,13 @@ def _run_workers(config: TrainConfig, job: worker.TrainJob) -> None:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise _cause(error) from error
+
+
+class _Trainer(ray.train.torch.TorchTrainer):
+    """Leaves Ctrl-C to us: Ray's own handler ends the process with 0 or 1 and no word, and stays when training is over."""
+
+    def _register_sigint_handler(self, controller: object) -> None:
+        pass
 
 
 def _cause(error: BaseException) -> Exception:

@@ -49,7 +49,7 @@ class KilledError(Exception):
     """The process ends here."""
 
 
-TIMES = ("seconds", "waited")  # columns of results.csv that no two runs share
+TIMES = ("seconds", "waited", "workers")  # columns of results.csv that no two runs share
 TRAIN, VALID = Points(101, seed=1), Points(37, seed=2)
 
 
@@ -105,7 +105,7 @@ def test_loss_falls_and_results_say_so(tmp_path: Path):
     results = checkpoint.read_results(str(tmp_path))
     assert list(results[0]) == [
         "epoch", "train_loss", "valid_loss", "valid_accuracy", "temperature", "valid_ece", "valid_ece_calibrated", "lr", "seconds",
-        "waited",
+        "waited", "workers",
     ]  # fmt: skip
     assert [{key: value for key, value in row.items() if key not in TIMES} for row in results] == reported
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["best.pt", "latest.pt"]
