@@ -37,8 +37,8 @@ from dragonclf.verbs.train import KEEP_MEMORY
 ARCH, EPOCHS, SIZE = "tf_efficientnet_lite0", 10, 224
 CLASSES = ["defective", "functional"]
 RECIPE: dict[str, Any] = {
-    "freeze_epochs": 1, "epochs": EPOCHS - 1, "lr": 1e-3, "global_batch_size": 64, "accumulate": 4, "flips": "both", "crop_pct": 1.0,
-    "crop_scale": 0.5, "weight_decay": 0.05,
+    "freeze_epochs": 1, "epochs": EPOCHS - 1, "lr": 2e-3, "global_batch_size": 64, "accumulate": 4, "flips": "both", "crop_pct": 1.0,
+    "crop_scale": 0.8, "weight_decay": 0.05,
 }  # fmt: skip
 
 
@@ -48,12 +48,18 @@ def frame(seed: int, *, inner: bool) -> pd.DataFrame:
     table = pd.DataFrame({"path": labels[::3], "chance": [float(chance) for chance in labels[1::3]]})
     table["label"] = [CLASSES[int(chance < 0.5)] for chance in table.pop("chance")]
     table["path"] = [str(elpv() / path) for path in table["path"]]
-    train, test = train_test_split(table, test_size=0.25, stratify=table["label"], random_state=seed)
+    rest, test = parted(table, 0.25, seed)
     if inner:
-        train, test = train_test_split(train, test_size=0.25, stratify=train["label"], random_state=seed)
-    kept, valid = train_test_split(train, test_size=0.1, stratify=train["label"], random_state=seed)
-    named: dict[str, pd.DataFrame] = {"train": kept, "valid": valid, "test": test}
+        rest, test = parted(rest, 0.25, seed)
+    kept, valid = parted(rest, 0.1, seed)
+    named = {"train": kept, "valid": valid, "test": test}
     return pd.concat([part.assign(split=name) for name, part in named.items()], ignore_index=True)
+
+
+def parted(table: pd.DataFrame, share: float, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows but a share of each class, and that share."""
+    first, second = train_test_split(np.arange(len(table)), test_size=share, stratify=table["label"], random_state=seed)
+    return table.iloc[first], table.iloc[second]
 
 
 def ours(table: pd.DataFrame, seed: int, options: dict[str, Any], folder: str) -> tuple[pd.DataFrame, float]:

@@ -6,7 +6,7 @@ learn.fit(0.01, 3)
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -57,10 +57,11 @@ class Learner:
         self.out, self.options = storage.resolve(out), options
         self.trained: TrainSummary | None = None
 
-    def fit(self, lr: float, epochs: int) -> TrainSummary:
+    def fit(self, lr: float | Literal["auto"], epochs: int) -> TrainSummary:
         """Train from the pretrained weights, for `epochs` passes at a one-cycle schedule up to `lr`. Says metrics as it goes.
 
-        The same call again, also in a new process, resumes a run that was killed and returns one that is finished.
+        `lr` "auto" is found by a sweep, which ``lr_find.png`` in the run's folder shows. The same call again, also in a
+        new process, resumes a run that was killed and returns one that is finished.
         """
         config = TrainConfig(
             data=self.data.snapshot.uri, out=storage.join(self.out, "models"), arch=self.arch, size=self.data.size,

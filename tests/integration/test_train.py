@@ -63,7 +63,7 @@ def test_workers_killed_at_any_step_change_no_bit(data: str, tmp_path: Path):
     options = [
         "train", data, "--no-precompute", "--size", "64", "--epochs", str(EPOCHS), "--lr", "0.001", "--global-batch-size", "16",
         "--num-workers", "2", "--synthetic-canaries", "--mlflow-uri", f"sqlite:///{tmp_path}/mlflow.db",
-        "--layer-decay", "0.9", "--label-smoothing", "0.1", "--accumulate", "2",
+        "--layer-decay", "0.9", "--label-smoothing", "0.1", "--accumulate", "2", "--flips", "both", "--policy", "trivial", "--erase", "0.2",
     ]  # fmt: skip
     undisturbed = commands.result(*options, "--out", str(tmp_path / "undisturbed"))
 

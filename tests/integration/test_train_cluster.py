@@ -23,8 +23,9 @@ from dragonclf.data.snapshot import open_snapshot
 from dragonclf.demo.local_s3 import LocalS3
 from dragonclf.model import zoo
 from dragonclf.model.predictor import Network
-from dragonclf.train import checkpoint, loop
+from dragonclf.train import checkpoint, loop, lr_find
 from dragonclf.train.data import Images
+from dragonclf.train.recipe import one_cycle
 from dragonclf.verbs import train
 from tests.conftest import write_folder
 from tests.integration import commands
@@ -121,11 +122,12 @@ TRAINING: dict[str, Any] = {
 }  # fmt: skip
 
 
-def options_of(data: str, out: Path, epochs: int) -> list[str]:
+def options_of(data: str, out: Path, epochs: int, **others: Any) -> list[str]:
     config = TrainConfig.model_validate(
         TRAINING
         | {"data": data, "out": str(out), "name": "run", "epochs": epochs, "num_workers": 2, "synthetic_canaries": True}
         | {"mlflow_uri": f"sqlite:///{out}.db", "log_model": False}
+        | others
     )
     return ["train", *options.arguments(config)]
 
@@ -141,8 +143,13 @@ def test_after_the_first_epoch_no_node_asks_for_an_image(
     snapshot, count = data
     for name in ("one", "two"):
         nodes.add(name)
-    made = commands.result(*options_of(snapshot, tmp_path / "runs", FEW_EPOCHS), "--address", nodes.address)
-    assert [row["workers"] for row in checkpoint.read_results(made["run"])] == [2] * (FEW_EPOCHS + 1)
+    made = commands.result(*options_of(snapshot, tmp_path / "runs", FEW_EPOCHS, lr="auto"), "--address", nodes.address)
+    rows = checkpoint.read_results(made["run"])
+    assert [row["workers"] for row in rows] == [2] * (FEW_EPOCHS + 1)
+    swept = lr_find.Sweep.model_validate_json(storage.get(f"{made['run']}/{lr_find.FOUND}"))
+    assert rows[0]["lr"] == pytest.approx(
+        swept.valley * one_cycle(3, total_steps=4)
+    )  # the last step of the epoch of the head alone
     assert gets(s3_proxy) == {1: count}
     kept = {name: entries(tmp_path / name) for name in ("one", "two")}
     assert len(kept["one"]) + len(kept["two"]) == count
