@@ -28,14 +28,13 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
-from score_model import elpv
+from score_model import CLASSES, labelled
 from sklearn.model_selection import train_test_split
 
 from dragonclf.evaluate.metrics import classification_metrics
 from dragonclf.verbs.train import KEEP_MEMORY
 
 ARCH, EPOCHS, SIZE = "tf_efficientnet_lite0", 10, 224
-CLASSES = ["defective", "functional"]
 RECIPE: dict[str, Any] = {
     "freeze_epochs": 1, "epochs": EPOCHS - 1, "lr": 2e-3, "global_batch_size": 64, "accumulate": 4, "flips": "both", "crop_pct": 1.0,
     "crop_scale": 0.8, "weight_decay": 0.05,
@@ -44,10 +43,7 @@ RECIPE: dict[str, Any] = {
 
 def frame(seed: int, *, inner: bool) -> pd.DataFrame:
     """path, label, split of every photograph that this run may see."""
-    labels = (elpv() / "labels.csv").read_text().split()
-    table = pd.DataFrame({"path": labels[::3], "chance": [float(chance) for chance in labels[1::3]]})
-    table["label"] = [CLASSES[int(chance < 0.5)] for chance in table.pop("chance")]
-    table["path"] = [str(elpv() / path) for path in table["path"]]
+    table = pd.DataFrame([(str(path), label) for path, label in labelled()], columns=["path", "label"])
     rest, test = parted(table, 0.25, seed)
     if inner:
         rest, test = parted(rest, 0.25, seed)

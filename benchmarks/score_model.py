@@ -32,6 +32,7 @@ from dragonclf.model.execution import Execution
 from dragonclf.storage import s3
 
 FEW = 200
+CLASSES = ["defective", "functional"]
 SLOW = {"plain-bf16": 10}  # divides the images of a peer that would take many minutes: bf16 on a CPU that has none
 PEERS = Path(__file__).with_name("score_peers.py")
 
@@ -47,12 +48,15 @@ def photographs() -> list[bytes]:
     return [path.read_bytes() for path in sorted(elpv().glob("images/*.png"))]
 
 
+def labelled() -> list[tuple[Path, str]]:
+    """Each photograph and its class, as the demo has them, in the data set's order."""
+    rows = [line.split() for line in (elpv() / "labels.csv").read_text().splitlines()]
+    return [(elpv() / path, CLASSES[int(float(chance) < 0.5)]) for path, chance, _ in rows]
+
+
 def classes() -> list[int]:
-    """Of `photographs`: 0 defective, 1 functional, as the demo has them."""
-    chances = {
-        path: float(chance) for path, chance, _ in map(str.split, (elpv() / "labels.csv").read_text().splitlines())
-    }
-    return [int(chances[f"images/{path.name}"] < 0.5) for path in sorted(elpv().glob("images/*.png"))]
+    """Of `photographs`, by their place in `CLASSES`."""
+    return [CLASSES.index(name) for _, name in sorted(labelled())]
 
 
 def run(method: str, model: str, prefix: str, count: int) -> tuple[float, dict[str, int]]:

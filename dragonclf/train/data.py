@@ -53,7 +53,7 @@ class Features:
             _refuse_lost(table)
             table = table.filter(pc.field("split") == split)
             column = table["features"].combine_chunks()
-            features.append(torch.from_numpy(column.flatten().to_numpy().reshape(len(column), -1).copy()))
+            features.append(torch.from_numpy(column.flatten().to_numpy().reshape(-1, column.type.list_size).copy()))
             targets.append(_targets(table["label"].to_pylist(), classes))
         self.features, self.targets = torch.cat(features), torch.cat(targets)
 

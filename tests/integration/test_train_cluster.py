@@ -161,6 +161,9 @@ def entries(temporary: Path) -> set[str]:
     return {path.name for path in temporary.glob("dragonclf-cache-*/??/*")}
 
 
+@pytest.mark.timeout(
+    600
+)  # Ray takes 30 s each to give up a node and to look for a new one, and starts the workers three times
 def test_nodes_come_and_go_and_the_steps_are_the_same(
     data: tuple[str, int], nodes: Nodes, s3_proxy: S3Proxy, tmp_path: Path
 ):

@@ -12,12 +12,13 @@ import torch
 from dragonclf.config import MAX_IMAGE_BYTES, MAX_PIXELS, PredictConfig
 from dragonclf.data import images
 from dragonclf.data.images import decode
+from dragonclf.engine import published
 from dragonclf.engine.inference import FeatureWorker
 from dragonclf.engine.pipeline import Limits, Pipeline
 from dragonclf.model import bundle, zoo
 from dragonclf.model.execution import Execution
 from dragonclf.model.predictor import Predictor
-from dragonclf.train.data import Images
+from dragonclf.train.data import Features, Images
 from dragonclf.verbs.predict import predict
 from tests.conftest import encoded
 
@@ -62,6 +63,27 @@ def test_predict_and_the_canaries_have_the_pixels_of_training(tmp_path: Path, mo
     told = predict(PredictConfig(model=made.uri, images=[f"{tmp_path}/one.jpg"], runtime="torch"))
     assert told.predictions[0].status == "ok"
     assert decoded == [transform.min_side]
+
+
+def test_features_of_a_part_without_the_split_are_none(monkeypatch: pytest.MonkeyPatch):
+    """A snapshot that is ordered by split has such parts."""
+
+    def part(splits: list[str], first: float) -> pa.Table:
+        values = np.arange(3 * len(splits), dtype=np.float32) + first
+        return pa.table(
+            {
+                "uri": [f"{first}-{i}" for i in range(len(splits))], "status": ["ok"] * len(splits),
+                "error": pa.nulls(len(splits), pa.string()),
+                "label": ["b"] * len(splits), "split": splits, "features": pa.FixedSizeListArray.from_arrays(pa.array(values), 3),
+            }
+        )  # fmt: skip
+
+    parts = [part(["valid", "valid"], 0), part(["train"], 10), part(["train", "valid"], 20)]
+    monkeypatch.setattr(published, "read_parts", lambda uri: iter(parts))
+    found = {split: Features("run", ["a", "b"], split) for split in ("train", "valid")}
+    assert found["train"].features.tolist() == [[10, 11, 12], [20, 21, 22]]
+    assert found["valid"].features.tolist() == [[0, 1, 2], [3, 4, 5], [23, 24, 25]]
+    assert found["valid"].targets.tolist() == [1, 1, 1]
 
 
 @dataclass
