@@ -129,7 +129,7 @@ def test_missing_weights(tmp_path: Path):
 
 
 def test_options(tmp_path: Path):
-    assert "--lr: Input should be greater than 0 (given: -1.0)" in fails(
+    assert "--lr: Input should be greater than 0 (given: '-1'); --lr: Input should be 'auto' (given: '-1')" in fails(
         "train", "x", "--out", "y", "--lr", "-1", code=USAGE, cwd=tmp_path
     )
     assert "gs:// is not supported" in fails("index", "gs://b/x", "--out", "y", code=USAGE, cwd=tmp_path)

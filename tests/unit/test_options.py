@@ -94,6 +94,17 @@ def test_values_of_each_kind_come_through():
     assert made.data.startswith("/")
 
 
+@pytest.mark.parametrize(("given", "lr"), [("0.5", 0.5), ("1", 1.0), ("1e-3", 0.001), ("auto", "auto")])
+def test_an_option_that_is_a_number_or_a_word(given: str, lr: float | str):
+    received: list[BaseModel] = []
+    result = CliRunner().invoke(app_of(config.TrainConfig, received), ["d", "--out", "o", "--lr", given])
+    assert result.exit_code == 0, result.output
+    [made] = received
+    assert isinstance(made, config.TrainConfig)
+    assert (made.lr, type(made.lr)) == (lr, type(lr))
+    assert options.arguments(made)[1:3] == ["--lr", str(lr)]
+
+
 def test_replaced_defaults():
     [parameter] = [p for p in options.parameters(config.IndexConfig, defaults={"out": "o"}) if p.name == "out"]
     assert parameter.default == "o"
