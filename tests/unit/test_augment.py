@@ -24,24 +24,43 @@ def test_flips_are_all_there_and_no_others(flips: str, dims: list[tuple[int, ...
     assert set(found) == set(range(len(dims)))
 
 
-@pytest.mark.parametrize("number", range(len(augment._TRIVIAL)))
-@pytest.mark.parametrize("level", [0.0, 0.4, 0.999])
-def test_each_operation_keeps_shape_and_type(number: int, level: float):
-    made = augment._TRIVIAL[number](PICTURE, level)
+@pytest.mark.parametrize("number", range(14))
+@pytest.mark.parametrize("strength", [-0.999, 0.0, 0.4, 0.999])
+@pytest.mark.parametrize("space", [augment.TRIVIAL, augment.RAND], ids=["trivial", "rand"])
+def test_each_operation_keeps_shape_and_type(space: list[augment.Operation], number: int, strength: float):
+    operation = space[number]
+    made = operation.apply(PICTURE, strength if operation.both_ways else abs(strength))
     assert (made.dtype, made.shape) == (torch.uint8, PICTURE.shape)
 
 
-def test_the_policy_has_fourteen_operations_that_differ():
-    """As many as in torchvision's TrivialAugmentWide."""
-    made = [operation(PICTURE, 0.9) for operation in augment._TRIVIAL]
+@pytest.mark.parametrize("space", [augment.TRIVIAL, augment.RAND], ids=["trivial", "rand"])
+def test_a_policy_has_fourteen_operations_that_differ(space: list[augment.Operation]):
+    """As many as in torchvision's TrivialAugmentWide and RandAugment."""
+    made = [operation.apply(PICTURE, 0.9) for operation in space]
     assert len(made) == 14
     assert torch.equal(made[0], PICTURE)
     assert sum(not torch.equal(made[0], other) for other in made) >= 11  # this picture has little to equalize
 
 
-def test_middle_levels_of_signed_operations_change_nothing():
-    for operation in augment._TRIVIAL[1:10]:
-        assert (operation(PICTURE, 0.5).int() - PICTURE.int()).abs().max() <= 1
+def test_operations_that_go_both_ways_change_nothing_at_strength_nothing():
+    both = [operation for operation in augment.TRIVIAL if operation.both_ways]
+    assert len(both) == 9
+    for operation in both:
+        assert (operation.apply(PICTURE, 0.0).int() - PICTURE.int()).abs().max() <= 1
+
+
+def test_randaugment_makes_two_changes_of_one_strength_either_way(monkeypatch: pytest.MonkeyPatch):
+    seen: list[float] = []
+
+    def noted(image: torch.Tensor, strength: float) -> torch.Tensor:
+        seen.append(strength)
+        return image
+
+    monkeypatch.setattr(augment, "RAND", [augment.Operation(noted), augment.Operation(noted, both_ways=True)])
+    for seed in range(50):
+        varied(Augment(flips="none", policy="rand"), seed)
+    assert len(seen) == 100
+    assert set(seen) == {0.3, -0.3}
 
 
 def test_one_rectangle_of_the_wanted_size_is_erased():
