@@ -6,7 +6,7 @@ elpv's 2,624 photographs, 75 % to train on and 25 % to test, stratified, one spl
 both, for the temperature. 10 epochs: the head alone in the first, then all layers. `--inner` splits the 75 % once more in the same way and
 never looks at the test images: recipes are chosen there. Each (system, seed) is one process that writes one JSON file, so a stopped
 benchmark goes on where it was; the table is printed from the files. fastai 2.8 has to be importable, and is given what makes a CPU fast
-here (see `KEEP_MEMORY`); its recipe is `fine_tune(9)` as it comes, with flips both ways. Seconds are of a process's processors, so
+here (see `ON_CPUS`); its recipe is `fine_tune(9)` as it comes, with flips both ways. Seconds are of a process's processors, so
 that they bear other work on the machine. Needs the extra `demo`; hours on a few cores.
 """
 
@@ -32,7 +32,7 @@ from score_model import CLASSES, labelled
 from sklearn.model_selection import train_test_split
 
 from dragonclf.evaluate.metrics import classification_metrics
-from dragonclf.verbs.train import KEEP_MEMORY
+from dragonclf.verbs.train import ON_CPUS
 
 ARCH, EPOCHS, SIZE = "tf_efficientnet_lite0", 10, 224
 RECIPE: dict[str, Any] = {
@@ -127,7 +127,7 @@ def run_process(command: list[str], kept: Path) -> dict[str, float]:
     """What a process finds, with its seconds, and those of the processors it and all below it took."""
     started, cpu_s = time.monotonic(), {}
     found = kept.with_suffix(".part")
-    process = subprocess.Popen([*command, "--one", str(found)], env=os.environ | KEEP_MEMORY)
+    process = subprocess.Popen([*command, "--one", str(found)], env=os.environ | ON_CPUS)
     while process.poll() is None:
         below = []
         with contextlib.suppress(psutil.Error):

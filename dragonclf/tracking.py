@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import logging
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from dragonclf import storage
 EXPERIMENT = "dragonclf"
 RUN_ID, MODEL_ID = "mlflow_run_id", "mlflow_model_id"  # objects in the run's folder
 SQLITE = "sqlite:///"
+BATCH = 1000  # metrics that MLflow takes in one request
 # MLflow reads them when it is imported, here or by verbs/pyfunc.py.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -22,8 +24,8 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 @contextlib.contextmanager
 def run(
     uri: str | None, run_uri: str, name: str, params: dict[str, Any]
-) -> Iterator[Callable[[dict[str, float]], None]]:
-    """Open the MLflow run of a training run, the same one when that is resumed; yield a function that logs an epoch's metrics.
+) -> Iterator[Callable[[list[tuple[int, dict[str, float]]]], None]]:
+    """Open the MLflow run of a training run, the same one when that is resumed; yield a function that logs metrics of steps.
 
     ValueError if the tracking server or database cannot be used.
     """
@@ -43,10 +45,15 @@ def run(
         storage.put(storage.join(run_uri, RUN_ID), active.info.run_id.encode())
         mlflow.log_params(params)
 
-    def log_metrics(row: dict[str, float]) -> None:
-        metrics = {key: value for key, value in row.items() if key != "epoch"}
-        # By its id: MLflow's open run is the thread's own, and in any other thread this would open a second one.
-        mlflow.log_metrics(metrics, step=int(row["epoch"]), run_id=active.info.run_id)
+    def log_metrics(of_steps: list[tuple[int, dict[str, float]]]) -> None:
+        now_ms = int(1000 * time.time())
+        metrics = [
+            mlflow.entities.Metric(key, value, now_ms, step) for step, row in of_steps for key, value in row.items()
+        ]
+        client = mlflow.MlflowClient()
+        for first in range(0, len(metrics), BATCH):
+            # By its id: MLflow's open run is the thread's own, and in any other thread this would open a second one.
+            client.log_batch(active.info.run_id, metrics[first : first + BATCH])
 
     with active:
         yield log_metrics

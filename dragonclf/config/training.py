@@ -6,6 +6,12 @@ from pydantic import Field, model_validator
 
 from dragonclf.config.shared import Config, ExecutionConfig, RayConfig, ReadingConfig
 
+# What means nothing for a head on features.
+_OF_ALL_LAYERS = (
+    "freeze_epochs", "layer_decay", "amp", "crop_scale", "flips", "policy", "erase", "mixup", "cutmix", "start_size", "drop", "drop_path",
+    "batch_norm", "compile",
+)  # fmt: skip
+
 
 class RecipeConfig(Config):
     """How a network is trained."""
@@ -46,13 +52,54 @@ class RecipeConfig(Config):
     flips: Literal["none", "horizontal", "vertical", "both"] = Field(
         default="horizontal", description="How images are mirrored at random, with no-precompute."
     )
-    policy: Literal["none", "trivial"] = Field(
+    policy: Literal["none", "trivial", "rand"] = Field(
         default="none",
-        description="trivial: TrivialAugment, one random change of shape or colour an image, with no-precompute.",
+        description="trivial: TrivialAugment, one random change of shape or colour an image. rand: RandAugment, two mild ones. With "
+        "no-precompute.",
     )
     erase: float = Field(
         default=0.0, ge=0, le=1, description="Share of images of which a random part is erased, with no-precompute."
     )
+    mixup: float = Field(
+        default=0.0,
+        ge=0,
+        description="Alpha by which pairs of images are blended, 0.2 say, with no-precompute. 0: not.",
+    )
+    cutmix: float = Field(
+        default=0.0,
+        ge=0,
+        description="Alpha by which a part of an image is pasted into another, 1 say, with no-precompute. 0: not.",
+    )
+    start_size: int | None = Field(
+        default=None,
+        ge=32,
+        description="Side of the training images in the first epoch, in pixels; it grows to the full one over two thirds of the epochs. "
+        "Quicker, with no-precompute. None: full from the start.",
+    )
+    drop: float = Field(default=0.0, ge=0, lt=1, description="Dropout before the head, with no-precompute.")
+    drop_path: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Stochastic depth: how often the last block is skipped, with no-precompute.",
+    )
+    batch_norm: Literal["frozen", "train", "sync"] = Field(
+        default="frozen",
+        description="frozen: BatchNorm keeps its pretrained statistics. train: it learns those of each worker's images; the result then "
+        "depends on the number of workers. sync: of all workers' images (GPUs only). With no-precompute.",
+    )
+    ema: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Give the model the moving average of its weights, with this decay at most (0.999 say). None: the weights.",
+    )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="Stop after so many epochs without a better validation accuracy; --weights best takes the best. None: train them all.",
+    )
+    compile: bool = Field(default=False, description="Compile the network by torch.compile, with no-precompute.")
     calibrate: bool = Field(
         default=True, description="Scale the model's logits by the temperature that fits the validation images best."
     )
@@ -130,7 +177,7 @@ class TrainConfig(RecipeConfig, RayConfig, ExecutionConfig, ReadingConfig):
 
     @model_validator(mode="after")
     def _check_of_all_layers(self) -> "TrainConfig":
-        for name in ("freeze_epochs", "layer_decay", "amp", "crop_scale", "flips", "policy", "erase"):
+        for name in _OF_ALL_LAYERS:
             if self.precompute and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"--{name.replace('_', '-')} is for training every layer: add --no-precompute")
         return self

@@ -60,9 +60,16 @@ class Transform(BaseModel):
         return np.zeros((count, self.size, self.size, 3), np.uint8).transpose(0, 3, 1, 2)
 
     def for_train(
-        self, image: torch.Tensor, *, seed: int, epoch: int, sample: int, augment: Augment = USUAL
+        self,
+        image: torch.Tensor,
+        *,
+        seed: int,
+        epoch: int,
+        sample: int,
+        augment: Augment = USUAL,
+        size: int | None = None,
     ) -> torch.Tensor:
-        """Crop at random, then vary: uint8 (3, H, W) to uint8 (3, size, size), a function of (seed, epoch, sample).
+        """Crop at random, then vary: uint8 (3, H, W) to uint8 (3, size, size), a function of (seed, epoch, sample). `size` None: the own.
 
         Random resized crop of at least `augment.crop_scale` of the area and aspect 3/4 to 4/3 (Inception's,
         https://arxiv.org/abs/1409.4842; fine-tuning favours a narrower range than its 8 to 100 %).
@@ -75,8 +82,9 @@ class Transform(BaseModel):
         crop_height = min(height, max(1, round(math.sqrt(area / aspect))))
         top = int(draw.integers(height - crop_height + 1))
         left = int(draw.integers(width - crop_width + 1))
+        size = size or self.size
         cropped = F.resized_crop(
-            image, top, left, crop_height, crop_width, [self.size, self.size],
+            image, top, left, crop_height, crop_width, [size, size],
             interpolation=InterpolationMode(self.interpolation), antialias=True,
         )  # fmt: skip
         return augment.vary(cropped, draw)

@@ -9,6 +9,8 @@ import hashlib
 import importlib
 import importlib.util
 import io
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import safetensors.torch
@@ -57,24 +59,30 @@ def resolve_pretrained(arch: str, pretrained: str) -> str:
     return source
 
 
-def load_pretrained(arch: str, source: str) -> nn.Module:
-    """Return the timm model with the weights of a resolved `source` and the head that came with them, in eval mode."""
+def load_pretrained(arch: str, source: str, regularization: Mapping[str, float] = MappingProxyType({})) -> nn.Module:
+    """Return the timm model with the weights of a resolved `source` and the head that came with them, in eval mode.
+
+    `regularization` is timm's drop_rate and drop_path_rate, which act in training alone. ValueError if the architecture has no such thing.
+    """
+    options: dict[str, Any] = {name: rate for name, rate in regularization.items() if rate}
+    if options:
+        _check_options(arch, options)
     if source == "none":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # every node has to come to the same ones
-            model = timm.create_model(arch, pretrained=False)
+            model = timm.create_model(arch, pretrained=False, **options)
     elif source == "hub":
         try:
-            model = timm.create_model(arch, pretrained=True)
+            model = timm.create_model(arch, pretrained=True, **options)
         except Exception as error:
             raise ValueError(
                 f"cannot get the weights of {arch!r} from the hub ({first_line(error)}): check the network, or name "
                 f"another source with --pretrained: a file, s3://..., or {_known_packages()}"
             ) from error
     elif source.startswith("package:"):
-        model = _from_package(arch)
+        model = _from_package(arch, options)
     else:
-        model = _from_file(arch, source)
+        model = _from_file(arch, source, options)
     if not isinstance(_get_classifier(model), nn.Linear):
         raise ValueError(f"the head of {arch!r} is not one linear layer: choose an architecture whose head is")
     return model.eval()
@@ -131,12 +139,20 @@ def _known_packages() -> str:
     return ", ".join(f"package:{package} ({arch})" for arch, (package, _, _) in WEIGHT_PACKAGES.items())
 
 
-def _from_package(arch: str) -> nn.Module:
+def _check_options(arch: str, options: dict[str, Any]) -> None:
+    try:
+        timm.create_model(arch, pretrained=False, **options)
+    except TypeError as error:
+        given = " and ".join(f"--{name.removesuffix('_rate').replace('_', '-')}" for name in options)
+        raise ValueError(f"{arch!r} does not take {given} ({first_line(error)}): leave it out") from error
+
+
+def _from_package(arch: str, options: dict[str, Any]) -> nn.Module:
     """These packages use other names for the same tensors in the same order; shapes are compared one by one."""
     package, class_name, _ = WEIGHT_PACKAGES[arch]
     path = getattr(importlib.import_module(package), class_name).get_model_file_path()
     given = torch.load(path, map_location="cpu", weights_only=True)
-    model = timm.create_model(arch, pretrained=False)
+    model = timm.create_model(arch, pretrained=False, **options)
     own = model.state_dict()
     if [tuple(t.shape) for t in given.values()] != [tuple(t.shape) for t in own.values()]:
         raise ValueError(f"the weights in package {package!r} do not fit {arch!r}: reinstall it at the pinned version")
@@ -144,7 +160,7 @@ def _from_package(arch: str) -> nn.Module:
     return model
 
 
-def _from_file(arch: str, source: str) -> nn.Module:
+def _from_file(arch: str, source: str, options: dict[str, Any]) -> nn.Module:
     data = storage.get(source)
     try:
         if source.endswith(".safetensors"):
@@ -157,7 +173,7 @@ def _from_file(arch: str, source: str) -> nn.Module:
         raise ValueError(f"{source} is no state dict that can be loaded without pickle: {first_line(error)}") from error
     head_key = f"{_config(timm.create_model(arch, pretrained=False, num_classes=1))['classifier']}.weight"
     num_classes = given[head_key].shape[0] if head_key in given else 1
-    model = timm.create_model(arch, pretrained=False, num_classes=num_classes)
+    model = timm.create_model(arch, pretrained=False, num_classes=num_classes, **options)
     own = model.state_dict()
     wrong = [key for key in own if key not in given or given[key].shape != own[key].shape]
     if head_key not in given:

@@ -3,6 +3,7 @@
 RUN/checkpoints/latest.pt    all that the next step depends on: after each epoch, and every `--checkpoint-every` steps
                 best.pt      weights of the epoch with the best validation accuracy
     results.csv              a row for each finished epoch
+    steps.csv                the losses of their steps, up to 100 rows an epoch
 """
 
 import csv
@@ -19,7 +20,7 @@ import torch
 from dragonclf import storage
 
 AGREE_TRIES, AGREE_S = 10, 1.0
-FOLDER, LATEST, BEST, RESULTS = "checkpoints", "latest.pt", "best.pt", "results.csv"
+FOLDER, LATEST, BEST, RESULTS, STEPS = "checkpoints", "latest.pt", "best.pt", "results.csv", "steps.csv"
 
 Row = dict[str, float]
 
@@ -36,11 +37,11 @@ class Writer:
         self._pending: Future[None] | None = None
 
     def save(self, state: dict[str, Any], *, best: bool = False) -> None:
-        """Make `state` the newest, then bring results.csv to its ``history``. `best`: its ``model`` is the best so far."""
+        """Make `state` the newest, then bring results.csv and steps.csv to its history. `best`: its weights are the best so far."""
         self.wait()
         latest = _serialised(state)
-        weights = _serialised({"model": state["model"], "history": state["history"]}) if best else None
-        self._pending = self._pool.submit(self._write, latest, weights, list(state["history"]))
+        weights = _serialised({"model": weights_of(state), "history": state["history"]}) if best else None
+        self._pending = self._pool.submit(self._write, latest, weights, list(state["history"]), list(state["curve"]))
 
     def wait(self) -> None:
         """Return once everything is written."""
@@ -59,18 +60,23 @@ class Writer:
         finally:
             self._pool.shutdown()
 
-    def _write(self, latest: bytes, weights: bytes | None, history: list[Row]) -> None:
+    def _write(self, latest: bytes, weights: bytes | None, history: list[Row], curve: list[Row]) -> None:
         if weights is not None:
             storage.put(storage.join(self._run_uri, FOLDER, BEST), weights)
         storage.put(storage.join(self._run_uri, FOLDER, LATEST), latest)
         if history:
-            write_results(self._run_uri, history)
+            write_results(self._run_uri, history, curve)
 
 
-def is_best(history: list[Row]) -> bool:
-    """Whether the last epoch has the best validation accuracy so far, by lower validation loss if equal; the first of equals stays."""
-    *earlier, last = [(row["valid_accuracy"], -row["valid_loss"]) for row in history]
-    return all(last > other for other in earlier)
+def since_best(history: list[Row]) -> int:
+    """Epochs since the one with the best validation accuracy, by lower validation loss if equal; the first of equals counts."""
+    figures = [(row["valid_accuracy"], -row["valid_loss"]) for row in history]
+    return len(figures) - 1 - figures.index(max(figures)) if figures else 0
+
+
+def weights_of(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What a checkpoint's run gives: the average of its weights if it keeps one, else the weights."""
+    return state.get("average") or state["model"]
 
 
 def load(run_uri: str, name: str = LATEST) -> dict[str, Any] | None:
@@ -102,18 +108,19 @@ def _opened(data: bytes | None) -> dict[str, Any] | None:
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True) if data else None
 
 
-def write_results(run_uri: str, history: list[Row]) -> None:
-    """Write results.csv: one row per finished epoch."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, fieldnames=list(history[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    storage.put(storage.join(run_uri, RESULTS), table.getvalue().encode())
+def write_results(run_uri: str, history: list[Row], curve: list[Row]) -> None:
+    """Write steps.csv, then results.csv: one row per finished epoch."""
+    for name, rows in ((STEPS, curve), (RESULTS, history)):
+        table = io.StringIO()
+        writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        storage.put(storage.join(run_uri, name), table.getvalue().encode())
 
 
-def read_results(run_uri: str) -> list[Row]:
-    """The rows of results.csv: one per finished epoch."""
-    found = storage.get_if_exists(storage.join(run_uri, RESULTS))
+def read_results(run_uri: str, name: str = RESULTS) -> list[Row]:
+    """The rows of results.csv, one per finished epoch, or of steps.csv."""
+    found = storage.get_if_exists(storage.join(run_uri, name))
     if found is None:
         return []
     return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(io.StringIO(found[0].decode()))]

@@ -69,8 +69,9 @@ class Features:
 class Images:
     """Images read when their turn comes, decoded and varied in threads: uint8 (N, 3, S, S).
 
-    `seed` draws how training images are varied, by `augment`; None means the evaluation transform, as scoring applies it. `table` has the
-    columns uri and label, and perhaps sha256: then no other content is taken for the image. What is in the `cache` is not read from S3.
+    `seed` draws how training images are varied, by `augment`; None means the evaluation transform, as scoring applies it. `size_at` tells
+    their side in an epoch, None: the transform's. `table` has the columns uri and label, and perhaps sha256: then no other content is taken
+    for the image. What is in the `cache` is not read from S3.
     """
 
     def __init__(
@@ -82,11 +83,12 @@ class Images:
         num_threads: int,
         seed: int | None = None,
         augment: Augment = USUAL,
+        size_at: Callable[[int], int] | None = None,
         cache: ImageCache | None = None,
     ):
         self._uris, self.targets = table["uri"].to_pylist(), _targets(table["label"].to_pylist(), classes)
         self._transform, self._seed, self._augment = transform, seed, augment
-        self._cache = cache
+        self._size_at, self._cache = size_at, cache
         self._digests = table["sha256"].to_pylist() if "sha256" in table.column_names else None
         self._pool = ThreadPoolExecutor(num_threads, "decode")
 
@@ -121,7 +123,10 @@ class Images:
             image = self._for_crops(sample)
         except (images.ImageError, storage.ObjectMissingError) as error:
             raise _lost(uri, str(error)) from error
-        return self._transform.for_train(image, seed=self._seed, epoch=epoch, sample=sample, augment=self._augment)
+        size = self._size_at(epoch) if self._size_at else None
+        return self._transform.for_train(
+            image, seed=self._seed, epoch=epoch, sample=sample, augment=self._augment, size=size
+        )
 
     def _for_eval(self, sample: int) -> torch.Tensor:
         """What scoring sees; cached as pixels."""

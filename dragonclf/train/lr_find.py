@@ -15,9 +15,10 @@ from pydantic import BaseModel, Field
 from torch import nn
 
 from dragonclf import storage
-from dragonclf.train import loop
 from dragonclf.train.data import Samples
+from dragonclf.train.group import reduced
 from dragonclf.train.recipe import Recipe, freeze
+from dragonclf.train.trainer import Trainer
 
 FOUND, PLOT = "lr_find.json", "lr_find.png"
 LEAST_LR, MOST_LR, NUM_STEPS = 1e-7, 10.0, 100
@@ -56,7 +57,7 @@ def find(
     A run that goes on takes the one it began with. Equal on all workers; `model` stays as it is. ValueError if the sweep tells nothing.
     """
     kept = storage.get_if_exists(storage.join(run_uri, FOUND)) if rank == 0 else None
-    if int(loop.reduced(torch.tensor(int(kept is not None), device=device))):
+    if int(reduced(torch.tensor(int(kept is not None), device=device))):
         return Sweep.model_validate_json(storage.get(storage.join(run_uri, FOUND))).valley
     found = sweep(model, train, recipe, rank=rank, world_size=world_size, device=device, wrap=wrap)
     if rank == 0:
@@ -78,7 +79,7 @@ def sweep(
     """Train a copy of `model` for up to 100 steps as in the recipe's first epochs, at rates from 1e-7 to 10, until the loss diverges."""
     copied = copy.deepcopy(model)
     freeze(copied, frozen=recipe.frozen(0))
-    trainer = loop.Trainer(copied, train, recipe, rank=rank, world_size=world_size, device=device)
+    trainer = Trainer(copied, train, recipe, rank=rank, world_size=world_size, device=device)
     lrs, losses, smoothed, average = [], [], [], 0.0
     for number, loss in _losses(trainer, wrap(copied)):
         average = SMOOTHING * average + (1 - SMOOTHING) * loss
@@ -130,7 +131,7 @@ def plotted(found: Sweep) -> bytes:
     return buffer.getvalue()
 
 
-def _losses(trainer: loop.Trainer, parallel: nn.Module) -> Iterator[tuple[int, float]]:
+def _losses(trainer: Trainer, parallel: nn.Module) -> Iterator[tuple[int, float]]:
     """Steps and the mean losses of their images, over as many epochs as they take."""
     order = trainer.order
     for epoch in range(math.ceil(NUM_STEPS / order.num_steps)):
@@ -142,4 +143,4 @@ def _losses(trainer: loop.Trainer, parallel: nn.Module) -> Iterator[tuple[int, f
         for place, loss in trainer.steps(parallel, epoch, first=0, lr_at=lr):
             if first + place > NUM_STEPS:
                 return
-            yield first + place - 1, float(loop.reduced(loss)) / order.global_count(place - 1)
+            yield first + place - 1, float(reduced(loss)) / order.global_count(place - 1)

@@ -15,9 +15,12 @@ from torch import nn
 
 from dragonclf.data.augment import Augment
 from dragonclf.model.predictor import Network
+from dragonclf.train.mix import Mix, new_mix
 
 WARM_UP = 0.3  # share of a phase's steps
 AFTER_FROZEN = 0.5  # of the learning rate, once the head is no longer trained alone (fastai's fine_tune)
+FULL_SIZE_FROM = 2 / 3  # of the epochs on, images have their full size, where they grow
+SIZE_STEP = 32  # pixels: networks halve their input five times
 
 
 class Recipe(BaseModel):
@@ -32,8 +35,15 @@ class Recipe(BaseModel):
     layer_decay: float = 1.0
     label_smoothing: float = 0.0
     class_weights: Literal["none", "balanced"] = "none"
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    batch_norm: Literal["frozen", "train", "sync"] = "frozen"
+    ema: float | None = None
+    patience: int | None = None
+    start_size: int | None = None
     clip_grad: float | None = None
     amp: bool = False
+    compile: bool = False
     global_batch_size: int
     accumulate: int = 1
     checkpoint_every: int | None = None
@@ -55,6 +65,30 @@ class Recipe(BaseModel):
         step += (epoch - self.freeze_epochs) * num_steps
         return self.lr * height * one_cycle(step, total_steps=self.epochs * num_steps)
 
+    def size_at(self, epoch: int, size: int) -> int:
+        """Side of the training images in an epoch: from `start_size` evenly up to `size`, which the last third of the epochs has."""
+        if self.start_size is None or self.start_size >= size:
+            return size
+        place = min(1.0, epoch / max(1.0, self.total_epochs * FULL_SIZE_FROM))
+        grown = self.start_size + place * (size - self.start_size)
+        return size if place == 1 else min(size, SIZE_STEP * round(grown / SIZE_STEP))
+
+    def train_mode(self, model: nn.Module, epoch: int) -> None:
+        """Dropout on; BatchNorm keeps its pretrained statistics if `batch_norm` says so, and while only the head is trained."""
+        model.train()
+        if self.batch_norm == "frozen" or self.frozen(epoch):
+            for module in model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+
+    def new_mix(self, model: nn.Module) -> Mix | None:
+        """What blends a batch for `model`; None: nothing does."""
+        return (
+            new_mix(model.head.out_features, mixup=self.mixup, cutmix=self.cutmix)
+            if isinstance(model, Network)
+            else None
+        )
+
     def new_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """An optimizer of all parameters, in groups with an ``lr_scale``: the layer decay to the power of the distance from the head.
 
@@ -71,7 +105,7 @@ class Recipe(BaseModel):
     def new_loss(
         self, targets: torch.Tensor, device: torch.device
     ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """Sum over a batch of the cross-entropy of logits (N, K) and classes (N,).
+        """Sum over a batch of the cross-entropy of logits (N, K) and classes (N,), or shares of classes (N, K).
 
         With `class_weights` "balanced" each class weighs the same over all training samples, whose classes are `targets` (int64), and
         a sample weighs 1 on average.

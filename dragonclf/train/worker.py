@@ -8,6 +8,7 @@ import ray.train
 import ray.train.torch
 import torch
 from pydantic import BaseModel
+from timm.layers import convert_sync_batchnorm  # pyright: ignore[reportPrivateImportUsage]
 from torch import nn
 
 from dragonclf.data.snapshot import Snapshot
@@ -17,6 +18,7 @@ from dragonclf.model.predictor import Network
 from dragonclf.train import loop, lr_find
 from dragonclf.train.cache import ImageCache, user_folder
 from dragonclf.train.data import Features, Images, Samples
+from dragonclf.train.head import Head
 from dragonclf.train.recipe import Recipe
 
 
@@ -31,6 +33,7 @@ class TrainJob(BaseModel):
     backbone_digest: str
     transform: Transform
     recipe: Recipe
+    regularization: dict[str, float]  # of the architecture, as timm names it
     find_lr: bool
     num_threads: int
     cache: bool
@@ -58,7 +61,7 @@ def train_worker(job_json: dict[str, str]) -> None:
 
 def load_backbone(job: TrainJob) -> nn.Module:
     """The pretrained model with a new head. ValueError if this node's weights are not the driver's."""
-    model = zoo.load_pretrained(job.arch, job.pretrained)
+    model = zoo.load_pretrained(job.arch, job.pretrained, job.regularization)
     if zoo.backbone_digest(model) != job.backbone_digest:
         raise ValueError(
             f"the weights of {job.arch} from {job.pretrained} differ between this node and the driver: install the same"
@@ -69,14 +72,17 @@ def load_backbone(job: TrainJob) -> nn.Module:
 def _features_job(job: TrainJob) -> tuple[nn.Module, Samples, Samples]:
     assert job.features_uri is not None
     train, valid = (Features(job.features_uri, job.snapshot.info.classes, split) for split in ("train", "valid"))
-    return loop.Head(train.features, len(job.snapshot.info.classes)), train, valid
+    return Head(train.features, len(job.snapshot.info.classes)), train, valid
 
 
 def _images_job(job: TrainJob) -> tuple[nn.Module, Samples, Samples]:
     model = load_backbone(job)
+    if job.recipe.batch_norm == "sync":
+        model = convert_sync_batchnorm(model)
     cache = ImageCache(Path(job.cache_dir) if job.cache_dir else user_folder()) if job.cache else None
     opened = functools.partial(
         Images.of_split, job.snapshot, transform=job.transform, num_threads=job.num_threads, cache=cache
     )
-    train = opened("train", seed=job.recipe.seed, augment=job.recipe.augment)
+    size_at = functools.partial(job.recipe.size_at, size=job.transform.size)
+    train = opened("train", seed=job.recipe.seed, augment=job.recipe.augment, size_at=size_at)
     return Network(model, job.transform), train, opened("valid")

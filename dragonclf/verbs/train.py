@@ -34,7 +34,7 @@ from dragonclf.engine import inference, job, plan
 from dragonclf.engine.pipeline import Limits
 from dragonclf.model import bundle, canaries, zoo
 from dragonclf.model.execution import Execution, resolve_execution
-from dragonclf.train import checkpoint, loop, worker
+from dragonclf.train import checkpoint, head, worker
 from dragonclf.train.recipe import Recipe
 
 log = logging.getLogger("dragonclf")
@@ -42,7 +42,10 @@ log = logging.getLogger("dragonclf")
 MAX_CPUS_PER_WORKER = 8
 # A step on a CPU asks for gigabytes and gives them back. glibc would return them to the kernel each time, and zero and map them again at
 # the next: for tf_efficientnet_lite0 that is 60 % of the step. So it keeps them, in one arena.
-KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+# Threads of a step that wait for each other sleep: by default they spin, and keep the cores from those that decode.
+ON_CPUS = {
+    "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "OMP_WAIT_POLICY": "PASSIVE",
+}  # fmt: skip
 POLL_S = 1.0
 RESIZE_POLL_S = 30.0  # each resizing starts the workers anew
 # Options that change where, how fast or whether a run gets done, and not what it comes to.
@@ -83,7 +86,7 @@ def train(config: TrainConfig) -> TrainSummary:
     snapshot = open_snapshot(config.data)
     execution = resolve_execution(config.runtime, config.device, "f32", has_gpu=session.has_gpu(config.address))
     source = zoo.resolve_pretrained(config.arch, config.pretrained)
-    backbone = zoo.load_pretrained(config.arch, source)
+    backbone = zoo.load_pretrained(config.arch, source, _regularization(config))
     args = config.model_dump(exclude=_NOT_RESULTS) | {"snapshot": snapshot.info.id, "pretrained": source}
     name = config.name or f"{config.arch}-{hashlib.sha256(json.dumps(args, sort_keys=True).encode()).hexdigest()[:8]}"
     run_uri = storage.join(config.out, name)
@@ -112,6 +115,7 @@ def train(config: TrainConfig) -> TrainSummary:
             backbone_digest=digest,
             transform=transform,
             recipe=recipe(config),
+            regularization=_regularization(config),
             find_lr=config.lr == "auto",
             num_threads=_cpus_per_worker(config),
             cache=config.cache,
@@ -154,6 +158,10 @@ def recipe(config: TrainConfig) -> Recipe:
     return Recipe.model_validate(given | ({"freeze_epochs": 0} if config.precompute else {}))
 
 
+def _regularization(config: TrainConfig) -> dict[str, float]:
+    return {"drop_rate": config.drop, "drop_path_rate": config.drop_path}
+
+
 def _cpus_per_worker(config: TrainConfig) -> int:
     cpus = int(ray.cluster_resources().get("CPU", 0))
     if config.address == session.LOCAL and config.num_workers > cpus:
@@ -165,6 +173,8 @@ def _cpus_per_worker(config: TrainConfig) -> int:
 
 def _run_workers(config: TrainConfig, job: worker.TrainJob) -> None:
     use_gpu = session.has_gpu(config.address) and config.device != "cpu"
+    if config.batch_norm == "sync" and not use_gpu:
+        raise ValueError("--batch-norm sync needs GPUs, as torch's SyncBatchNorm does: use train or frozen")
     with tempfile.TemporaryDirectory(prefix="dragonclf-train-") as folder:
         trainer = _Trainer(
             worker.train_worker,
@@ -180,7 +190,7 @@ def _run_workers(config: TrainConfig, job: worker.TrainJob) -> None:
                 name=f"dragonclf-{uuid.uuid4().hex}",
                 storage_path=folder,
                 failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-                worker_runtime_env={"env_vars": {} if use_gpu else KEEP_MEMORY},
+                worker_runtime_env={"env_vars": {} if use_gpu else ON_CPUS},
             ),
         )
         try:
@@ -210,7 +220,7 @@ def _cause(error: BaseException) -> Exception:
 
 @contextlib.contextmanager
 def _followed(config: TrainConfig, recipe: Recipe, run_uri: str, name: str, args: dict[str, Any]) -> Iterator[None]:
-    """Say each epoch's metrics as they appear in results.csv, and send them to MLflow."""
+    """Say each epoch's metrics as they appear in results.csv, and send them and those of steps to MLflow."""
     with tracking.run(config.mlflow_uri, run_uri, name, args) as log_metrics:
         seen, stop = len(checkpoint.read_results(run_uri)), threading.Event()
 
@@ -218,7 +228,9 @@ def _followed(config: TrainConfig, recipe: Recipe, run_uri: str, name: str, args
             nonlocal seen
             for row in checkpoint.read_results(run_uri)[seen:]:
                 seen += 1
-                log_metrics(row)
+                steps = [step for step in checkpoint.read_results(run_uri, checkpoint.STEPS) if step["epoch"] == seen]
+                log_metrics([(int(step["step"]), {"step_loss": step["loss"], "step_lr": step["lr"]}) for step in steps])
+                log_metrics([(seen, {key: value for key, value in row.items() if key != "epoch"})])
                 log.info(
                     "epoch %d of %d%s: train loss %.4f, valid loss %.4f, valid accuracy %.4f, %.0f%% of the time waiting for data",
                     row["epoch"], recipe.total_epochs, " (head)" if recipe.frozen(int(row["epoch"]) - 1) else "", row["train_loss"],
@@ -244,16 +256,17 @@ def _save_bundle(config: TrainConfig, job: worker.TrainJob, args: dict[str, Any]
     state = checkpoint.load(job.run_uri, checkpoint.BEST if config.weights == "best" else checkpoint.LATEST)
     assert state is not None
     model = worker.load_backbone(job)
+    weights = checkpoint.weights_of(state)
     if job.features_uri is None:
         prefix = "model."
-        model.load_state_dict({k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)})
+        model.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
     else:
-        weight, bias = loop.folded(state["model"])
+        weight, bias = head.folded(weights)
         zoo.classifier(model).load_state_dict({"weight": weight, "bias": bias})
     chosen = state["history"][-1]
     temperature = chosen["temperature"] if config.calibrate else 1.0
-    head = zoo.classifier(model)
-    head.load_state_dict({name: tensor / temperature for name, tensor in head.state_dict().items()})
+    classifier = zoo.classifier(model)
+    classifier.load_state_dict({name: tensor / temperature for name, tensor in classifier.state_dict().items()})
     figures = {key: chosen[key] for key in ("train_loss", "valid_loss", "valid_accuracy", "valid_ece")}
     if config.calibrate:
         figures["valid_ece_calibrated"] = chosen["valid_ece_calibrated"]

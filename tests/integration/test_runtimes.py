@@ -12,7 +12,7 @@ from dragonclf.data import images
 from dragonclf.model import bundle, canaries, zoo
 from dragonclf.model.execution import Execution
 from dragonclf.model.predictor import Predictor, softmax
-from dragonclf.train import loop
+from dragonclf.train.head import Head, folded
 from tests.integration.conftest import ARCH, WEIGHTS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -39,13 +39,13 @@ def test_openvino_equals_torch_on_elpv(elpv_files: list[tuple[Path, int]], tmp_p
     targets = torch.tensor([target for _, target in elpv_files])
     features = torch.from_numpy(run(Predictor(model, transform, OPENVINO, num_threads=NUM_THREADS), pixels, 1))
 
-    head = loop.Head(features, 2)
+    head = Head(features, 2)
     optimizer = torch.optim.AdamW(head.parameters(), lr=0.01)
     for _ in range(100):
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(head(features), targets).backward()
         optimizer.step()
-    weight, bias = loop.folded(head.state_dict())
+    weight, bias = folded(head.state_dict())
     zoo.classifier(zoo.with_new_head(model, 2)).load_state_dict({"weight": weight, "bias": bias})
     saved = bundle.save_bundle(
         str(tmp_path / "model"), model, arch=ARCH, classes=["defective", "functional"], transform=transform,

@@ -21,7 +21,7 @@ import torch
 
 from dragonclf import storage
 from dragonclf.model import bundle, zoo
-from dragonclf.train import checkpoint, loop
+from dragonclf.train import checkpoint, head
 from tests.conftest import write_folder
 from tests.integration import commands
 
@@ -122,10 +122,10 @@ def test_number_of_workers_changes_neither_order_nor_result(data: str, tmp_path:
     assert made.info.temperature == row["temperature"] != 1
     assert made.info.metrics["valid_ece_calibrated"] == row["valid_ece_calibrated"] < row["valid_ece"]
     assert state is not None
-    weight, bias = loop.folded(state["model"])
-    head = zoo.classifier(made.model)
-    torch.testing.assert_close(head.weight.detach() * row["temperature"], weight)
-    torch.testing.assert_close(head.bias.detach() * row["temperature"], bias)
+    weight, bias = head.folded(state["model"])
+    classifier = zoo.classifier(made.model)
+    torch.testing.assert_close(classifier.weight.detach() * row["temperature"], weight)
+    torch.testing.assert_close(classifier.bias.detach() * row["temperature"], bias)
 
     check_mlflow(f"sqlite:///{tmp_path}/mlflow.db", one, [str(_first(data, label)) for label in ("blue", "red")])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["features", "mlflow-models", "mlflow.db", "one", "two"]

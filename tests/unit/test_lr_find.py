@@ -19,9 +19,9 @@ ALONE: dict[str, Any] = {"rank": 0, "world_size": 1, "device": torch.device("cpu
 
 
 def head() -> nn.Module:
-    from dragonclf.train import loop
+    from dragonclf.train.head import Head
 
-    return loop.Head(TRAIN.features, 2)
+    return Head(TRAIN.features, 2)
 
 
 def test_rates_grow_by_one_factor():
