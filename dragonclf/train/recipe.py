@@ -73,10 +73,13 @@ class Recipe(BaseModel):
         grown = self.start_size + place * (size - self.start_size)
         return size if place == 1 else min(size, SIZE_STEP * round(grown / SIZE_STEP))
 
-    def train_mode(self, model: nn.Module, epoch: int) -> None:
-        """Dropout on; BatchNorm keeps its pretrained statistics if `batch_norm` says so, and while only the head is trained."""
+    def train_mode(self, model: nn.Module) -> None:
+        """Dropout on; BatchNorm keeps its pretrained statistics if `batch_norm` says so.
+
+        If not it learns them from the first epoch on, the head alone being trained: else all it has learnt is wrong when the rest follows.
+        """
         model.train()
-        if self.batch_norm == "frozen" or self.frozen(epoch):
+        if self.batch_norm == "frozen":
             for module in model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()

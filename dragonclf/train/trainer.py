@@ -117,7 +117,7 @@ class Trainer:
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Take an epoch's steps from `first` on; yield after each how many are done and the sum of the losses of this worker's images."""
         recipe, order = self._recipe, self.order
-        recipe.train_mode(self._model, epoch)
+        recipe.train_mode(self._model)
         own = order.batches(epoch, rank=self._rank, world_size=self._world_size)
         micro = [part for batch in own[first:] for part in np.array_split(batch, recipe.accumulate)]
         # A worker without an image in a short last step still joins it, with one of its images at weight 0: all-reduce waits for everyone.
