@@ -2,10 +2,10 @@
 
     python benchmarks/train_host.py [--rounds 5] [--images 5000]
 
-The images are those of score_host.py in a local S3 server, whose work counts. The first epoch reads each one, checks its SHA-256, keeps it
-in the node's cache, decodes, crops and mirrors it; the second finds it in the cache. Scoring is score_host.py's `ours`. No model: batches are
-dropped. Each way runs in a process of its own, with few images and with more: what these cost more is the marginal cost, so that starting
-Python, Ray and workers cancels out. Interleaved; medians. Needs the extra `demo`; the machine must be idle otherwise.
+The images are those of score_host.py in a local S3 server, whose work counts. The first epoch reads each one, checks its SHA-256, keeps
+it in the node's cache, decodes, crops and mirrors it; the second finds it in the cache. Scoring is score_host.py's `ours`. No model:
+batches are dropped. Each way runs in a process of its own, with few images and with more: what these cost more is the marginal cost, so
+that starting Python, Ray and workers cancels out. Interleaved; medians. Needs the extra `demo`; the machine must be idle otherwise.
 """
 
 import argparse
