@@ -47,6 +47,7 @@ ON_CPUS = {
     "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "OMP_WAIT_POLICY": "PASSIVE",
 }  # fmt: skip
 POLL_S = 1.0
+NO_MEMORY = "due to the node running low on memory"  # Ray's words
 RESIZE_POLL_S = 30.0  # each resizing starts the workers anew
 # Options that change where, how fast or whether a run gets done, and not what it comes to.
 _NOT_RESULTS = {
@@ -213,6 +214,11 @@ def _cause(error: BaseException) -> Exception:
         lines = [line for line in text.splitlines() if name in line]
         if lines:
             return kind(lines[-1].rpartition(name)[2])
+    if NO_MEMORY in text:
+        return storage.StorageError(
+            "training failed: a machine ran out of memory, and Ray ended its workers: end what else takes memory there, and the same "
+            "command resumes; or begin another run with a larger --accumulate or a smaller --global-batch-size"
+        )
     return storage.StorageError(
         f"training failed: {(text.strip().splitlines() or ['no reason given'])[-1]}; the same command resumes"
     )

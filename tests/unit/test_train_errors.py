@@ -1,0 +1,27 @@
+"""What a user is told when Ray says that training failed."""
+
+import pytest
+
+from dragonclf import storage
+from dragonclf.verbs.train import _cause
+
+LOST = "Training failed due to worker errors:\n[Rank 0 Error Snippet]:\n{}\nSee the log"
+# As Ray 2.60 has it.
+NO_MEMORY = """1 worker(s) were killed due to the node running low on memory. Memory on the node was 21.75GB used / 23.54GB limit
+To disable worker killing, set the environment variable `RAY_memory_monitor_refresh_ms` to zero."""
+
+
+@pytest.mark.parametrize(
+    ("told", "kind", "text"),
+    [
+        ("Traceback:\n  ...\nValueError: the loss is nan in epoch 2: lower --lr", ValueError, "the loss is nan in epoch 2: lower --lr"),
+        ("dragonclf.storage.errors.AccessDeniedError: no right to read s3://a/b", storage.StorageError, "no right to read s3://a/b"),
+        (NO_MEMORY, storage.StorageError, "a machine ran out of memory, and Ray ended its workers: .* larger --accumulate"),
+        ("the worker is gone", storage.StorageError, "training failed: See the log; the same command resumes"),
+    ],
+)  # fmt: skip
+def test_the_cause_is_what_the_worker_said(told: str, kind: type[Exception], text: str):
+    found = _cause(RuntimeError(LOST.format(told)))
+    assert isinstance(found, kind)
+    with pytest.raises(kind, match=text):
+        raise found
