@@ -254,12 +254,12 @@ def _since(since: str, out_uri: str, verb: str, spec: dict[str, Any], last: Run 
             log.info("%s: no earlier run of this model and input: every image is read", verb)
         return last.name if last else None
     found = published.read_manifest(storage.join(out_uri, "runs", since))
-    for name, value in ({"verb": verb} | spec).items():
-        theirs = ({"verb": found.verb} | found.spec).get(name)
-        if name != INPUT and theirs != value:
+    now, then = {"verb": verb} | spec, {"verb": found.verb} | found.spec
+    for name in dict.fromkeys([*now, *then]):
+        if name != INPUT and then.get(name) != now.get(name):
             raise ValueError(
-                f"rows of run {since} cannot be kept: its {name} was {theirs!r} and is {value!r} now; leave --since out, which reads "
-                "every image"
+                f"rows of run {since} cannot be kept: its {name} was {then.get(name)!r} and is {now.get(name)!r} now; leave --since out, "
+                "which reads every image"
             )
     return since
 
