@@ -17,6 +17,7 @@ from dragonclf.config.shared import (
     ReadingConfig,
     RunConfig,
     ScoringConfig,
+    ViewsConfig,
 )
 from dragonclf.config.training import (
     RecipeConfig,
@@ -57,4 +58,5 @@ __all__ = [
     "ScoreConfig",
     "ScoringConfig",
     "TrainConfig",
+    "ViewsConfig",
 ]

@@ -143,7 +143,19 @@ class PrecisionConfig(Config):
     )
 
 
-class ScoringConfig(RayConfig, LimitsConfig, ExecutionConfig, PrecisionConfig, ReadingConfig):
+class ViewsConfig(Config):
+    """How often a model looks at an image."""
+
+    tta: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="Test-time augmentation: look at each image N times more, varied as in training, and take a quarter of the "
+        "probabilities from the centre and three quarters from the mean of these views. Takes N + 1 times as long.",
+    )
+
+
+class ScoringConfig(RayConfig, LimitsConfig, ExecutionConfig, PrecisionConfig, ViewsConfig, ReadingConfig):
     """What all that score images share."""
 
     model: str = Field(description="Model bundle: a folder or s3:// prefix.", json_schema_extra={"positional": True})

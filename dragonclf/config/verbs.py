@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dragonclf.config.shared import (
     BudgetConfig,
@@ -16,6 +16,7 @@ from dragonclf.config.shared import (
     ReadingConfig,
     RunConfig,
     ScoringConfig,
+    ViewsConfig,
 )
 
 
@@ -52,6 +53,14 @@ class ScoreConfig(ScoringConfig, ListingConfig, LayoutConfig, BudgetConfig):
         default=False, description="Also write what the head sees of each image (column features), for `rescore`."
     )
 
+    @model_validator(mode="after")
+    def _check_views(self) -> "ScoreConfig":
+        if self.embeddings and self.tta:
+            raise ValueError(
+                f"--embeddings are of one view of an image, and --tta {self.tta} mixes the probabilities of several: leave one out"
+            )
+        return self
+
 
 class ScoreCommandConfig(ScoreConfig):
     """Options of `score` on the command line."""
@@ -87,7 +96,7 @@ class EvaluateConfig(ScoringConfig):
     seed: int = Field(default=0, ge=0, description="Draws the random galleries.")
 
 
-class PredictConfig(ExecutionConfig, PrecisionConfig, LimitsConfig):
+class PredictConfig(ExecutionConfig, PrecisionConfig, ViewsConfig, LimitsConfig):
     """Options of `predict`."""
 
     model: str = Field(description="Model bundle: a folder or s3:// prefix.", json_schema_extra={"positional": True})

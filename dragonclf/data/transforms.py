@@ -69,12 +69,17 @@ class Transform(BaseModel):
         augment: Augment = USUAL,
         size: int | None = None,
     ) -> torch.Tensor:
-        """Crop at random, then vary: uint8 (3, H, W) to uint8 (3, size, size), a function of (seed, epoch, sample). `size` None: the own.
+        """`varied`, a function of (seed, epoch, sample)."""
+        return self.varied(image, np.random.default_rng((seed, epoch, sample)), augment, size=size)
+
+    def varied(
+        self, image: torch.Tensor, draw: np.random.Generator, augment: Augment, *, size: int | None = None
+    ) -> torch.Tensor:
+        """Crop at random, then vary: uint8 (3, H, W) to uint8 (3, size, size). `size` None: the own.
 
         Random resized crop of at least `augment.crop_scale` of the area and aspect 3/4 to 4/3 (Inception's,
         https://arxiv.org/abs/1409.4842; fine-tuning favours a narrower range than its 8 to 100 %).
         """
-        draw = np.random.default_rng((seed, epoch, sample))
         height, width = image.shape[1:]
         area = height * width * draw.uniform(augment.crop_scale, 1.0)
         aspect = math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))

@@ -13,9 +13,9 @@ from dragonclf.engine import runs
 from dragonclf.engine.image_work import ImageWork
 from dragonclf.engine.layout import FEATURES, Layout, lists
 from dragonclf.engine.pipeline import Limits, ShardResult, Worker
-from dragonclf.model import bundle, zoo
+from dragonclf.model import bundle, tta, zoo
 from dragonclf.model.execution import Execution
-from dragonclf.model.predictor import Predictor, softmax
+from dragonclf.model.predictor import Predictor
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,25 @@ class _InferenceTask(abc.ABC):
 class ScoreTask(_InferenceTask):
     """Probabilities by the bundle at `model_uri`, which must still be `model_version` and reproduce its canaries in each actor.
 
-    With `embeddings` the rows also hold what the head sees, as float16.
+    With `embeddings` the rows also hold what the head sees, as float16. `num_views` are those of test-time augmentation.
     """
 
     model_uri: str
     model_version: str
     embeddings: bool
     layout: Layout
+    num_views: int
+
+    @property
+    def how(self) -> str:
+        """For people: by what, and how often an image is looked at."""
+        return f"{self.execution}, {1 + self.num_views} views of an image" if self.num_views else str(self.execution)
 
     def open(self, num_threads: int) -> "ScoreWorker":
         loaded = open_bundle(self.model_uri, self.model_version)
-        predictor = bundle.open_predictor(loaded, self.execution, batch_size=self.batch_size, num_threads=num_threads)
+        predictor = tta.open_predictor(
+            loaded, self.execution, num_views=self.num_views, batch_size=self.batch_size, num_threads=num_threads
+        )
         return ScoreWorker(predictor, loaded, embeddings=self.embeddings, layout=self.layout)
 
 
@@ -83,37 +91,28 @@ def open_bundle(uri: str, version: str) -> bundle.Bundle:
     return loaded
 
 
-class _InferenceWorker:
-    """Transform, batch, run."""
+class ScoreWorker:
+    """Rows as `layout` tells, with `layout.FEATURES` if `embeddings`. A slot of a batch has all views of an image."""
 
-    def __init__(self, predictor: Predictor):
-        self.predictor = predictor
-        self.batch_size = predictor.batch_size
-
-    def new_batch(self) -> np.ndarray:
-        return self.predictor.transform.new_batch(self.batch_size)
-
-    @property
-    def min_side(self) -> int | None:
-        return self.predictor.transform.min_side
-
-    def read(self, data: bytes, picture: Picture) -> tuple[dict[str, Any], np.ndarray]:
-        pixels = self.predictor.transform.for_eval(picture.pixels).numpy()
-        return {"width": picture.width, "height": picture.height}, pixels
-
-
-class ScoreWorker(_InferenceWorker):
-    """Rows as `layout` tells, with `layout.FEATURES` if `embeddings`."""
-
-    def __init__(self, predictor: Predictor, loaded: bundle.Bundle, *, embeddings: bool, layout: Layout):
-        super().__init__(predictor)
+    def __init__(self, predictor: tta.TtaPredictor, loaded: bundle.Bundle, *, embeddings: bool, layout: Layout):
+        self._predictor, self.batch_size = predictor, predictor.batch_size
         self._classes, self._model_version = loaded.info.classes, loaded.version
         self._embeddings, self._layout = embeddings, layout
 
+    def new_batch(self) -> np.ndarray:
+        return self._predictor.new_batch(self.batch_size)
+
+    @property
+    def min_side(self) -> int | None:
+        return self._predictor.transform.min_side
+
+    def read(self, data: bytes, picture: Picture) -> tuple[dict[str, Any], np.ndarray]:
+        views = self._predictor.views(data, picture.pixels)
+        return {"width": picture.width, "height": picture.height}, views
+
     def predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        logits, features = self.predictor(pixels)
-        found = {"prob": softmax(logits)}
-        return found | {FEATURES: features.astype(np.float16)} if self._embeddings else found
+        probs, features = self._predictor(pixels)
+        return {"prob": probs} | ({FEATURES: features.astype(np.float16)} if self._embeddings else {})
 
     def table(self, planned: pa.Table, result: ShardResult) -> pa.Table:
         count, bad = planned.num_rows, ~result.scored
@@ -129,13 +128,26 @@ class ScoreWorker(_InferenceWorker):
             "model_version": pa.array([self._model_version] * count, pa.string()),
         }
         if self._embeddings:
-            features = result.outputs.get(FEATURES, np.zeros((count, self.predictor.num_features), np.float16))
+            features = result.outputs.get(FEATURES, np.zeros((count, self._predictor.num_features), np.float16))
             columns[FEATURES] = lists(features, bad, pa.float16())
         return self._layout.chosen(pa.table(columns))
 
 
-class FeatureWorker(_InferenceWorker):
+class FeatureWorker:
     """Rows: uri, etag, status, error, features (float32 list of one length)."""
+
+    def __init__(self, predictor: Predictor):
+        self.predictor, self.batch_size = predictor, predictor.batch_size
+
+    def new_batch(self) -> np.ndarray:
+        return self.predictor.transform.new_batch(self.batch_size)
+
+    @property
+    def min_side(self) -> int | None:
+        return self.predictor.transform.min_side
+
+    def read(self, data: bytes, picture: Picture) -> tuple[dict[str, Any], np.ndarray]:
+        return {}, self.predictor.transform.for_eval(picture.pixels).numpy()
 
     def predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         return {"features": self.predictor(pixels)[1]}

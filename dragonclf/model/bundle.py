@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from dragonclf import storage
+from dragonclf.data.augment import Augment
 from dragonclf.data.images import ImageError, decode
 from dragonclf.data.transforms import Transform
 from dragonclf.model import precision
@@ -60,6 +61,11 @@ class BundleInfo(BaseModel):
     created: str = Field(description="UTC time, ISO 8601.")
     versions: dict[str, str] = Field(description="Of the packages that made it.")
     files: dict[str, str] = Field(description="File -> SHA-256 of its content.")
+
+    @property
+    def augment(self) -> Augment:
+        """How its training varied images; the usual way, if it saw none because it was trained on features."""
+        return Augment.model_validate({key: self.config[key] for key in Augment.model_fields if key in self.config})
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class Estimate(BaseModel):
     cost_interval: Interval | None
     sample: dict[str, int] = Field(description="Images that were tried, by status.")
     bottleneck: str = Field(description="What the worker waited for most, and what would help.")
-    execution: str = Field(description="Runtime, device and precision.")
+    execution: str = Field(description="Runtime, device and precision; with --tta, how many views of an image.")
 
 
 def score_or_estimate(config: ScoreCommandConfig) -> ScoreSummary | Estimate:
@@ -87,5 +87,5 @@ def estimate(config: ScoreConfig, *, begun_for_s: float = 0.0) -> Estimate:
         hours=hours(found.image_s), hours_interval=between,
         cost=None if price is None else hours(found.image_s) * workers * price,
         cost_interval=None if price is None else (between[0] * workers * price, between[1] * workers * price),
-        sample=found.counts, bottleneck=found.busy.verdict, execution=str(task.execution),
+        sample=found.counts, bottleneck=found.busy.verdict, execution=task.how,
     )  # fmt: skip

@@ -8,10 +8,9 @@ from pydantic import BaseModel, Field
 from dragonclf import storage
 from dragonclf.config import LimitsConfig, PredictConfig
 from dragonclf.data import images
-from dragonclf.data.transforms import Transform
-from dragonclf.model import bundle, precision
+from dragonclf.model import bundle, precision, tta
 from dragonclf.model.execution import resolve_execution
-from dragonclf.model.predictor import Predictor, softmax
+from dragonclf.model.tta import TtaPredictor
 
 
 class Prediction(BaseModel):
@@ -42,35 +41,39 @@ def predict(config: PredictConfig) -> PredictSummary:
     loaded = bundle.load_bundle(config.model)
     f32 = resolve_execution(config.runtime, config.device, "f32", has_gpu=torch.cuda.is_available())
     execution = precision.choose(loaded.uri, loaded.version, f32, config.precision)
-    batch_size = min(config.batch_size, len(config.images))
-    predictor = bundle.open_predictor(loaded, execution, batch_size=batch_size, num_threads=torch.get_num_threads())
+    predictor = tta.open_predictor(
+        loaded, execution, num_views=config.tta, num_threads=torch.get_num_threads(),
+        batch_size=min(config.batch_size, len(config.images) * (1 + config.tta)),
+    )  # fmt: skip
     rows = predict_images(predictor, loaded.info.classes, config.images, config)
     return PredictSummary(model_version=loaded.version, predictions=rows)
 
 
 def predict_images(
-    predictor: Predictor, classes: list[str], given: Sequence[str | bytes], limits: LimitsConfig
+    predictor: TtaPredictor, classes: list[str], given: Sequence[str | bytes], limits: LimitsConfig
 ) -> list[Prediction]:
     """A prediction for each of `given`, a URI or an encoded image, in order. StorageError if the store fails."""
     rows: list[Prediction] = []
     for start in range(0, len(given), predictor.batch_size):
         batch = given[start : start + predictor.batch_size]
-        pixels = predictor.transform.new_batch(len(batch))
+        pixels = predictor.new_batch(len(batch))
         for slot, source in enumerate(batch):
             row = Prediction(uri=storage.resolve(source) if isinstance(source, str) else None, status="ok")
             rows.append(row)
             try:
-                pixels[slot] = predictor.transform.for_eval(_decode(source, limits, predictor.transform)).numpy()
+                data = _get(source, limits)
+                image = images.decode(data, max_pixels=limits.max_pixels, min_side=predictor.transform.min_side)
+                pixels[slot] = predictor.views(data, image)
             except images.ImageError as error:
                 row.status, row.error = error.status, error.reason
-        for row, probs in zip(rows[start:], softmax(predictor(pixels)[0]), strict=True):
+        for row, probs in zip(rows[start:], predictor(pixels)[0], strict=True):
             if row.status == "ok":
                 row.label, row.confidence = classes[int(probs.argmax())], float(probs.max())
                 row.probs = dict(zip(classes, probs.tolist(), strict=True))
     return rows
 
 
-def _decode(source: str | bytes, limits: LimitsConfig, transform: Transform) -> torch.Tensor:
+def _get(source: str | bytes, limits: LimitsConfig) -> bytes:
     try:
         data = storage.get(source) if isinstance(source, str) else source
     except storage.ObjectMissingError as error:
@@ -79,4 +82,4 @@ def _decode(source: str | bytes, limits: LimitsConfig, transform: Transform) -> 
         raise images.ImageError("denied", str(error)) from error
     if len(data) > limits.max_image_bytes:
         raise images.ImageError("too_large", f"{len(data):,} bytes, over the limit of {limits.max_image_bytes:,}")
-    return images.decode(data, max_pixels=limits.max_pixels, min_side=transform.min_side)
+    return data

@@ -13,7 +13,7 @@ import torch
 from mlflow.types import ColSpec, DataType, Schema
 
 from dragonclf.config import LimitsConfig
-from dragonclf.model import bundle
+from dragonclf.model import bundle, tta
 from dragonclf.model.execution import resolve_execution
 from dragonclf.verbs.predict import predict_images
 
@@ -26,7 +26,7 @@ class BundleModel(mlflow.pyfunc.PythonModel):  # pyright: ignore[reportPrivateIm
     def load_context(self, context: Any) -> None:
         loaded = bundle.load_bundle(context.artifacts[BUNDLE])
         execution = resolve_execution("auto", "auto", "f32", has_gpu=torch.cuda.is_available())
-        self._predictor = bundle.open_predictor(loaded, execution, num_threads=torch.get_num_threads())
+        self._predictor = tta.open_predictor(loaded, execution, num_views=0, num_threads=torch.get_num_threads())
         self._classes = loaded.info.classes
 
     def predict(  # pyright: ignore[reportIncompatibleMethodOverride]  which is said to return nothing

@@ -14,7 +14,7 @@ from dragonclf.engine import inference, job, plan, runs
 from dragonclf.engine.budget import Budget
 from dragonclf.engine.layout import Layout
 from dragonclf.engine.pipeline import Limits
-from dragonclf.model import bundle, precision, zoo
+from dragonclf.model import bundle, precision, tta, zoo
 from dragonclf.model.execution import resolve_execution
 
 log = logging.getLogger("dragonclf")
@@ -30,7 +30,7 @@ class ScoreSummary(BaseModel):
     num_kept: int = Field(description="Rows kept of an earlier run: these images were not read.")
     num_deleted: int = Field(description="Images of that run that are no longer there; RUN/deleted.parquet names them.")
     model_version: str
-    execution: str = Field(description="Runtime, device and precision.")
+    execution: str = Field(description="Runtime, device and precision; with --tta, how many views of an image.")
     images_per_s: float | None = Field(
         description="Of this call's images, the start of its actors included. None: nothing was to do."
     )
@@ -73,18 +73,12 @@ def score_rows(
 ) -> ScoreSummary:
     """Score the planned `rows` with a loaded bundle under `config.out`; `input_id` tells their origin in the run's spec."""
     task = score_task(config, loaded, layout=layout, embeddings=embeddings)
-    limits = task.limits
-    spec = {
-        "model": loaded.version, "transform": loaded.info.transform.digest, "execution": task.execution.model_dump(),
-        "max_image_bytes": limits.max_bytes, "max_pixels": limits.max_pixels, runs.INPUT: input_id,
-        "embeddings": zoo.backbone_digest(loaded.model) if embeddings else None, "layout": layout.model_dump(mode="json"),
-    }  # fmt: skip
-    log.info("%s: model %s by %s", verb, loaded.version, task.execution)
+    log.info("%s: model %s by %s", verb, loaded.version, task.how)
     done = job.run(
-        config.out, verb, spec, lambda: plan.stage_plan(rows(), shard_images=config.shard_images),
+        config.out, verb, spec_of(task, loaded, input_id), lambda: plan.stage_plan(rows(), shard_images=config.shard_images),
         task, ray_config=config, run_config=config, retry_errors=config.retry_errors, since=since, budget=budget,
     )  # fmt: skip
-    return summarize(done, loaded, str(task.execution))
+    return summarize(done, loaded, task.how)
 
 
 def score_task(
@@ -99,7 +93,19 @@ def score_task(
             f"--embeddings are kept in f32 only, and the precision is {execution.precision}: use --precision f32"
         )
     limits = Limits(config.max_image_bytes, config.max_pixels, config.max_image_s)
-    return inference.ScoreTask(execution, config.batch_size, limits, loaded.uri, loaded.version, embeddings, layout)
+    return inference.ScoreTask(
+        execution, config.batch_size, limits, loaded.uri, loaded.version, embeddings, layout, config.tta
+    )
+
+
+def spec_of(task: inference.ScoreTask, loaded: bundle.Bundle, input_id: dict[str, Any]) -> dict[str, Any]:
+    """All that a run's rows depend on. How views are varied, and a model's own thresholds, are in its version."""
+    spec = {
+        "model": loaded.version, "transform": loaded.info.transform.digest, "execution": task.execution.model_dump(),
+        "max_image_bytes": task.limits.max_bytes, "max_pixels": task.limits.max_pixels, runs.INPUT: input_id,
+        "embeddings": zoo.backbone_digest(loaded.model) if task.embeddings else None, "layout": task.layout.model_dump(mode="json"),
+    }  # fmt: skip
+    return spec | ({"tta": {"num_views": task.num_views, "beta": tta.BETA}} if task.num_views else {})
 
 
 def layout_of(config: LayoutConfig) -> Layout:

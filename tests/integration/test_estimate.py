@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from dragonclf import storage
@@ -20,12 +21,13 @@ def test_an_estimate_writes_nothing_and_a_budget_stops_a_run_that_goes_on(s3_env
     images = {f"{i:03d}.jpg": encoded(seed=i) for i in range(NUM_IMAGES)} | {"broken.jpg": b"no image"}
     upload("s3://photos/estimate", images)
     out = "s3://work/estimate"
-    options = ["score", small_bundle, "s3://photos/estimate", "--out", out, "--shard-images", str(SHARD_IMAGES)]
+    options = ["score", small_bundle, "s3://photos/estimate", "--out", out, f"--shard-images={SHARD_IMAGES}", "--tta=2"]
 
     found = commands.result(*options, "--estimate", "--price-per-worker-hour", "2")
     assert found["num_images"] == found["num_gets"] == NUM_IMAGES + 1
     assert found["num_bytes"] == sum(map(len, images.values()))
     assert set(found["sample"]) == {"ok", "unsupported"}
+    assert found["execution"] == "openvino on cpu in f32, 3 views of an image"
     low, high = found["images_per_s_per_worker_interval"]
     assert low < found["images_per_s_per_worker"] < high
     seconds = found["start_seconds"] + found["num_images"] / found["images_per_s_per_worker"] / found["num_workers"]
@@ -49,6 +51,12 @@ def test_an_estimate_writes_nothing_and_a_budget_stops_a_run_that_goes_on(s3_env
     assert kept.items() <= parts.items()
     _, footer = tables.read_footer(next(iter(parts)))
     assert '"precision": "f32"' in footer["dragonclf.spec"]
+    assert '"tta": {"num_views": 2, "beta": 0.25}' in footer["dragonclf.spec"]
+    scored = pa.concat_tables(tables.read(part) for part in parts).to_pylist()
+    probs = {row["uri"]: {"blue": row["prob_blue"], "red": row["prob_red"]} for row in scored}
+    uris = [f"s3://photos/estimate/{i:03d}.jpg" for i in range(4)]
+    told = commands.result("predict", small_bundle, *uris, "--tta", "2")["predictions"]
+    assert {row["uri"]: row["probs"] for row in told} == {uri: probs[uri] for uri in uris}
 
 
 def test_what_cannot_be_estimated_is_refused(s3_env: LocalS3, small_bundle: str, tmp_path: Path):
