@@ -56,7 +56,7 @@ def publish(out: str, *, num_images: int, num_classes: int, seed: int) -> str:
                     "etag": [f"{value:032x}" for value in rng.integers(0, 2, len(uris))],
                     "status": np.where(bad, "unreadable", "ok"),
                     "error": pa.nulls(len(uris), pa.string()),
-                    **Layout().answers(classes, probs, bad),
+                    **Layout().answers(classes, probs, bad, thresholds={}),
                     "width": pa.array([640] * len(uris), pa.int32()),
                 }
             )

@@ -56,7 +56,7 @@ def parts(num_keys: int, out: str) -> None:
         count = len(planned)
         probs = np.random.default_rng(shard).dirichlet((1, 1), count).astype(np.float32)
         nothing = pa.nulls(count, pa.string())
-        answers = layout.answers(["cat", "dog"], probs, np.zeros(count, bool))
+        answers = layout.answers(["cat", "dog"], probs, np.zeros(count, bool), thresholds={})
         own = {"uri": planned["uri"], "etag": planned["etag"], "status": pa.array(["ok"] * count), "error": nothing}
         runs.write_part(run, shard, pa.table(own | answers))
 

@@ -169,7 +169,8 @@ class LayoutConfig(Config):
         default=None,
         gt=0,
         le=1,
-        description="Add a column abstain: whether the confidence is less than this. None: no such column.",
+        description="Add a column abstain: whether the confidence is less than this. None: than the model's own threshold of the class; no "
+        "such column if it has none.",
     )
     top_k: int | None = Field(
         default=None,

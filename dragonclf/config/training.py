@@ -103,9 +103,28 @@ class RecipeConfig(Config):
     calibrate: bool = Field(
         default=True, description="Scale the model's logits by the temperature that fits the validation images best."
     )
+    min_precision: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Give each class the least threshold from which at least this share of its labels on validation images are right; "
+        "scored rows abstain below it. None: no thresholds.",
+    )
+    min_recall: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Give each class the greatest threshold from which at least this share of its validation images is found, likewise.",
+    )
     weights: Literal["last", "best"] = Field(
         default="last", description="Epoch whose weights the model gets: best is by validation accuracy."
     )
+
+    @model_validator(mode="after")
+    def _check_one_goal(self) -> "RecipeConfig":
+        if self.min_precision is not None and self.min_recall is not None:
+            raise ValueError("--min-precision and --min-recall exclude each other: give one")
+        return self
 
 
 class TrainConfig(RecipeConfig, RayConfig, ExecutionConfig, ReadingConfig):

@@ -96,7 +96,7 @@ class ScoreWorker:
 
     def __init__(self, predictor: tta.TtaPredictor, loaded: bundle.Bundle, *, embeddings: bool, layout: Layout):
         self._predictor, self.batch_size = predictor, predictor.batch_size
-        self._classes, self._model_version = loaded.info.classes, loaded.version
+        self._info, self._model_version = loaded.info, loaded.version
         self._embeddings, self._layout = embeddings, layout
 
     def new_batch(self) -> np.ndarray:
@@ -116,13 +116,13 @@ class ScoreWorker:
 
     def table(self, planned: pa.Table, result: ShardResult) -> pa.Table:
         count, bad = planned.num_rows, ~result.scored
-        probs = result.outputs.get("prob", np.zeros((count, len(self._classes)), np.float32))
+        probs = result.outputs.get("prob", np.zeros((count, len(self._info.classes)), np.float32))
         columns = {
             "uri": planned["uri"],
             "etag": pa.array(result.etags, pa.string()),
             "status": pa.array(result.statuses, pa.string()),
             "error": pa.array(result.errors, pa.string()),
-            **self._layout.answers(self._classes, probs, bad),
+            **self._layout.answers(self._info.classes, probs, bad, thresholds=self._info.thresholds),
             "width": pa.array([value.get("width") for value in result.values], pa.int32()),
             "height": pa.array([value.get("height") for value in result.values], pa.int32()),
             "model_version": pa.array([self._model_version] * count, pa.string()),

@@ -4,6 +4,8 @@
 what was asked for.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
@@ -15,15 +17,20 @@ FACTS = ("width", "height", "model_version")
 
 
 class Layout(BaseModel):
-    """What of the answers is written. The default writes a probability for each class."""
+    """What of the answers is written. The default writes a probability for each class.
+
+    `thresholds` below are a model's own, by class, or none.
+    """
 
     model_config = ConfigDict(frozen=True)
 
-    threshold: float | None = None  # adds the column abstain: whether the confidence is less
+    threshold: float | None = (
+        None  # adds the column abstain: whether the confidence is less. None: by the model's own, if it has any
+    )
     top_k: int | None = None  # the most probable classes as two lists, in place of all probabilities
     columns: tuple[str, ...] | None = None  # of the row's own: only these, and ALWAYS
 
-    def check(self, classes: list[str], *, embeddings: bool) -> None:
+    def check(self, classes: list[str], *, thresholds: Mapping[str, float], embeddings: bool) -> None:
         """ValueError if the classes cannot be columns, or if a column that was asked for would not be there."""
         seen: dict[str, str] = {}
         for name in classes:
@@ -37,12 +44,15 @@ class Layout(BaseModel):
                 f"--top-k {self.top_k} of a model of {len(classes)} classes: ask for {len(classes)} or fewer"
             )
         nothing = np.zeros((0, len(classes)), np.float32)
-        there = [*self.answers(classes, nothing, np.zeros(0, bool)), *FACTS, *([FEATURES] if embeddings else [])]
+        answers = self.answers(classes, nothing, np.zeros(0, bool), thresholds=thresholds)
+        there = [*answers, *FACTS, *([FEATURES] if embeddings else [])]
         unknown = [name for name in self.columns or () if name not in (*ALWAYS, *there)]
         if unknown:
             raise ValueError(f"--columns names {unknown[0]!r}: there are {', '.join([*ALWAYS, *there])}")
 
-    def answers(self, classes: list[str], probs: np.ndarray, bad: np.ndarray) -> dict[str, pa.Array]:
+    def answers(
+        self, classes: list[str], probs: np.ndarray, bad: np.ndarray, *, thresholds: Mapping[str, float]
+    ) -> dict[str, pa.Array]:
         """Columns of probabilities float32 (N, K), null where `bad`, bool (N,)."""
         best = probs.argmax(axis=1)
         confidence = probs[np.arange(len(probs)), best]
@@ -50,8 +60,11 @@ class Layout(BaseModel):
             "label": pa.array([classes[i] for i in best], pa.string(), mask=bad),
             "confidence": pa.array(confidence, pa.float32(), mask=bad),
         }
-        if self.threshold is not None:
-            columns["abstain"] = pa.array(confidence < np.float32(self.threshold), pa.bool_(), mask=bad)
+        if self.threshold is not None or thresholds:
+            least = np.array(
+                [thresholds[name] if self.threshold is None else self.threshold for name in classes], np.float32
+            )
+            columns["abstain"] = pa.array(confidence < least[best], pa.bool_(), mask=bad)
         if self.top_k is not None:
             top = np.argsort(-probs, axis=1, kind="stable")[:, : self.top_k]
             columns["top_labels"] = lists(np.array(classes, dtype=object)[top], bad, pa.string())

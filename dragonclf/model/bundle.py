@@ -8,7 +8,7 @@ its canaries first, on the very runtime that will be used, and refuses the bundl
 import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -19,7 +19,7 @@ import safetensors.numpy
 import safetensors.torch
 import timm
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from torch import nn
 
 from dragonclf import storage
@@ -53,6 +53,10 @@ class BundleInfo(BaseModel):
     temperature: float = Field(
         default=1.0, gt=0, description="By which the trained logits were divided; it is in the head's weights."
     )
+    thresholds: dict[str, float] = Field(
+        default={},
+        description="Class -> probability from which on its label is accepted, chosen on validation images; above 1: never. Empty: always.",
+    )
     metrics: dict[str, float] = Field(description="Of the epoch that the weights are of, on the validation split.")
     logit_bounds: dict[str, float] = Field(
         description="runtime/precision -> greatest allowed difference of a canary's logit."
@@ -61,6 +65,13 @@ class BundleInfo(BaseModel):
     created: str = Field(description="UTC time, ISO 8601.")
     versions: dict[str, str] = Field(description="Of the packages that made it.")
     files: dict[str, str] = Field(description="File -> SHA-256 of its content.")
+
+    @field_validator("thresholds")
+    @classmethod
+    def _check_thresholds(cls, thresholds: dict[str, float], given: ValidationInfo) -> dict[str, float]:
+        if thresholds and thresholds.keys() != set(given.data.get("classes", thresholds)):
+            raise ValueError("they are of other classes than the model's")
+        return thresholds
 
     @property
     def augment(self) -> Augment:
@@ -94,12 +105,13 @@ def save_bundle(
     config: dict[str, Any],
     metrics: dict[str, float],
     temperature: float = 1.0,
+    thresholds: Mapping[str, float] | None = None,
     atomic: bool = True,
 ) -> Bundle:
     """Write a bundle, ``model.json`` last, and return it as loaded back. `canaries` are encoded images that can be decoded.
 
-    If the same model (weights, classes, transform) is there already, it stays as it is. ValueError, with nothing changed, if another one
-    is; or if the model's logits are not finite. `atomic` as in `storage.put_if_absent`.
+    If the same model (weights, classes, transform, thresholds) is there already, it stays as it is. ValueError, with nothing changed, if
+    another one is; or if the model's logits are not finite. `atomic` as in `storage.put_if_absent`.
     """
     pixels = np.stack([transform.for_eval(decode(image, min_side=transform.min_side)).numpy() for image in canaries])
     f32 = Execution(runtime="torch", device="cpu", precision="f32")
@@ -115,11 +127,11 @@ def save_bundle(
         WEIGHTS: safetensors.torch.save(state),
         # Which writes memory as it lies.
         EXPECTED: safetensors.numpy.save({"pixels": np.ascontiguousarray(pixels), "logits": logits}),
-        CARD: _model_card(arch, classes, transform, pretrained, snapshot, metrics).encode(),
+        CARD: _model_card(arch, classes, transform, pretrained, snapshot, config, metrics, thresholds or {}).encode(),
     } | {f"canaries/{index}": image for index, image in enumerate(canaries)}
     info = BundleInfo(
         format=1, arch=arch, classes=list(classes), transform=transform, pretrained=pretrained, snapshot=snapshot,
-        config=config, temperature=temperature, metrics=metrics,
+        config=config, temperature=temperature, thresholds=dict(thresholds or {}), metrics=metrics,
         logit_bounds={f"{runtime}/f32": bound for runtime, _ in PRECISIONS}, num_canaries=len(canaries),
         created=datetime.now(UTC).isoformat(timespec="seconds"), versions=versions(),
         files={name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
@@ -209,7 +221,7 @@ def open_predictor(bundle: Bundle, execution: Execution, *, batch_size: int = 32
 
 
 def _identity(info: BundleInfo) -> tuple[object, ...]:
-    return info.arch, info.classes, info.transform, info.files[WEIGHTS]
+    return info.arch, info.classes, info.transform, info.thresholds, info.files[WEIGHTS]
 
 
 def _taken(uri: str) -> ValueError:
@@ -234,8 +246,9 @@ def versions() -> dict[str, str]:
 
 
 def _model_card(
-    arch: str, classes: Sequence[str], transform: Transform, pretrained: str, snapshot: str, metrics: dict[str, float]
-) -> str:
+    arch: str, classes: Sequence[str], transform: Transform, pretrained: str, snapshot: str, config: dict[str, Any],
+    metrics: dict[str, float], thresholds: Mapping[str, float],
+) -> str:  # fmt: skip
     figures = "\n".join(f"| {key} | {value:.4f} |" for key, value in metrics.items())
     return f"""# Image classifier: {" / ".join(classes)}
 
@@ -250,6 +263,21 @@ On its validation split:
 | metric | value |
 | --- | --- |
 {figures}
-
+{_thresholds_of_card(thresholds, config)}
 `model.json` holds classes, transform, configuration and checksums; `canaries/` holds images with the logits they must give.
+"""
+
+
+def _thresholds_of_card(thresholds: Mapping[str, float], config: dict[str, Any]) -> str:
+    if not thresholds:
+        return ""
+    goals = [f"{name} of {config[f'min_{name}']:g}" for name in ("precision", "recall") if config.get(f"min_{name}")]
+    rows = "\n".join(f"| {name} | {f'{least:.4f}' if least <= 1 else 'never'} |" for name, least in thresholds.items())
+    return f"""
+A label is accepted from this probability on, chosen on the same images for a {" and ".join(goals) or "use of its own"} of each class where
+it is reached:
+
+| class | accepted from |
+| --- | --- |
+{rows}
 """

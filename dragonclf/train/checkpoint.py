@@ -1,7 +1,7 @@
 """Checkpoints of a training run: its newest state and its best weights, each one object that is replaced whole.
 
 RUN/checkpoints/latest.pt    all that the next step depends on: after each epoch, and every `--checkpoint-every` steps
-                best.pt      weights of the epoch with the best validation accuracy
+                best.pt      weights and thresholds of the epoch with the best validation accuracy
     results.csv              a row for each finished epoch
     steps.csv                the losses of their steps, up to 100 rows an epoch
 """
@@ -40,7 +40,8 @@ class Writer:
         """Make `state` the newest, then bring results.csv and steps.csv to its history. `best`: its weights are the best so far."""
         self.wait()
         latest = _serialised(state)
-        weights = _serialised({"model": weights_of(state), "history": state["history"]}) if best else None
+        kept = {"model": weights_of(state)} | {key: state[key] for key in ("thresholds", "history")}
+        weights = _serialised(kept) if best else None
         self._pending = self._pool.submit(self._write, latest, weights, list(state["history"]), list(state["curve"]))
 
     def wait(self) -> None:

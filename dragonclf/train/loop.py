@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dragonclf.train import calibration, checkpoint
+from dragonclf.train import calibration, checkpoint, thresholds
 from dragonclf.train.data import Batch, Samples
 from dragonclf.train.group import all_equal, reduced, share_buffers
 from dragonclf.train.recipe import Recipe, freeze
@@ -71,10 +71,11 @@ def fit(
                 ) from error
             trained_s = time.monotonic() - started_s
             done = Done(epoch + 1)
+            validated, choices = _validate(trainer.result, valid, recipe, rank, world_size, device)
             row = {
                 "epoch": epoch + 1,
                 "train_loss": loss,
-                **_validate(trainer.result, valid, rank, world_size, device),
+                **validated,
                 "lr": lr,
             }
             times = {
@@ -83,13 +84,16 @@ def fit(
                 "workers": world_size,
             }
             trainer.history.append(row | times)
-            save(trainer.state(done), best=checkpoint.since_best(trainer.history) == 0)
+            is_best = checkpoint.since_best(trainer.history) == 0
+            save(trainer.state(done) | {"thresholds": choices}, best=is_best)
             report(row)
 
 
 @torch.no_grad()
-def _validate(model: nn.Module, valid: Samples, rank: int, world_size: int, device: torch.device) -> dict[str, float]:
-    """Loss, accuracy and calibration over all validation images, each counted once whatever the number of workers."""
+def _validate(
+    model: nn.Module, valid: Samples, recipe: Recipe, rank: int, world_size: int, device: torch.device
+) -> tuple[dict[str, float], list[thresholds.Choice]]:
+    """Loss, accuracy and calibration over all validation images, each counted once whatever the number of workers; thresholds by class."""
     share_buffers(model)
     model.eval()
     own = np.arange(rank, len(valid), world_size)
@@ -107,4 +111,8 @@ def _validate(model: nn.Module, valid: Samples, rank: int, world_size: int, devi
     none = torch.zeros(0, 1, device=device), torch.zeros(0, dtype=torch.int64, device=device)
     logits, targets = (torch.cat(tensors) for tensors in zip(*(kept or [none]), strict=True))
     found = calibration.calibrate(logits, targets, reduced)
-    return {"valid_loss": loss / count, "valid_accuracy": correct / count, **found}
+    temperature = found["temperature"] if recipe.calibrate else 1.0
+    choices = thresholds.choose(logits.double() / temperature, targets, reduced, recipe)
+    if choices:
+        found["valid_coverage"] = thresholds.coverage(choices)
+    return {"valid_loss": loss / count, "valid_accuracy": correct / count, **found}, choices

@@ -47,6 +47,9 @@ class Recipe(BaseModel):
     global_batch_size: int
     accumulate: int = 1
     checkpoint_every: int | None = None
+    calibrate: bool = True
+    min_precision: float | None = None
+    min_recall: float | None = None
     seed: int
 
     @property

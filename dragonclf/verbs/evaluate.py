@@ -12,6 +12,7 @@ from dragonclf.config import EvaluateConfig
 from dragonclf.data.snapshot import COLUMNS, Snapshot, open_snapshot, read_rows
 from dragonclf.engine import published
 from dragonclf.engine.layout import Layout
+from dragonclf.evaluate.metrics import counted_rows
 from dragonclf.evaluate.report import write_evaluation
 from dragonclf.model import bundle
 from dragonclf.verbs.score import ScoreSummary, score_rows
@@ -28,6 +29,10 @@ class EvaluateSummary(BaseModel):
     auroc: float | None
     log_loss: float
     ece: float = Field(description="Expected calibration error, 0 to 1.")
+    coverage: float | None = Field(
+        description="Share of the images whose label is not below the model's threshold. None: it has none."
+    )
+    accepted_accuracy: float | None = Field(description="Of these images. None: there is none.")
     counts: dict[str, int] = Field(description="Rows of the split by status.")
 
 
@@ -38,6 +43,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
     """
     loaded, snapshot = bundle.load_bundle(config.model), open_snapshot(config.data)
     summary, frame = predict_split(config, loaded, snapshot)
+    coverage, accuracy = _accepted(frame, loaded.info)
     metrics = write_evaluation(
         frame,
         classes=loaded.info.classes,
@@ -49,13 +55,15 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
             "Data": f"{snapshot.info.source}, snapshot {snapshot.info.id}",
             "Split": config.split,
             "Run by": summary.execution,
+            **({} if coverage is None else {"Thresholds": _told(coverage, accuracy)}),
         },
         seed=config.seed,
         per_gallery=config.per_gallery,
     )
     return EvaluateSummary(
         report=storage.join(config.out, "report.html"), predictions=storage.join(config.out, "predictions.parquet"),
-        counts=summary.counts, **metrics.model_dump(include={"num_images", "accuracy", "accuracy_interval", "auroc", "log_loss", "ece"}),
+        counts=summary.counts, coverage=coverage, accepted_accuracy=accuracy,
+        **metrics.model_dump(include={"num_images", "accuracy", "accuracy_interval", "auroc", "log_loss", "ece"}),
     )  # fmt: skip
 
 
@@ -81,6 +89,21 @@ def predict_split(
     input_id = {"snapshot": snapshot.info.id, "split": config.split}
     summary = score_rows(config, loaded, verb="evaluate", input_id=input_id, rows=rows, layout=Layout())
     return summary, _frame(summary.run, loaded.info.classes)
+
+
+def _accepted(frame: pd.DataFrame, info: bundle.BundleInfo) -> tuple[float | None, float | None]:
+    """Share of the counted images whose label the model's thresholds accept, and of these the share that is right."""
+    rows, _, _ = counted_rows(frame, classes=info.classes)
+    if not info.thresholds or rows.empty:
+        return None, None
+    accepted = rows[~rows["abstain"].astype(bool)]
+    is_right = accepted["label"] == accepted["input_label"]
+    return len(accepted) / len(rows), float(is_right.mean()) if len(accepted) else None
+
+
+def _told(coverage: float, accuracy: float | None) -> str:
+    right = "" if accuracy is None else f", of which {accuracy:.2%} are right"
+    return f"labels of {coverage:.2%} of the images are accepted{right}"
 
 
 def _frame(run_uri: str, classes: list[str]) -> pd.DataFrame:

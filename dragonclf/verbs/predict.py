@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from pydantic import BaseModel, Field
 
@@ -9,6 +10,7 @@ from dragonclf import storage
 from dragonclf.config import LimitsConfig, PredictConfig
 from dragonclf.data import images
 from dragonclf.model import bundle, precision, tta
+from dragonclf.model.bundle import BundleInfo
 from dragonclf.model.execution import resolve_execution
 from dragonclf.model.tta import TtaPredictor
 
@@ -21,6 +23,10 @@ class Prediction(BaseModel):
     error: str | None = None
     label: str | None = None
     confidence: float | None = None
+    abstain: bool | None = Field(
+        default=None,
+        description="Whether the confidence is below the model's threshold of the label. None: it has none.",
+    )
     probs: dict[str, float] = {}
 
 
@@ -45,14 +51,14 @@ def predict(config: PredictConfig) -> PredictSummary:
         loaded, execution, num_views=config.tta, num_threads=torch.get_num_threads(),
         batch_size=min(config.batch_size, len(config.images) * (1 + config.tta)),
     )  # fmt: skip
-    rows = predict_images(predictor, loaded.info.classes, config.images, config)
+    rows = predict_images(predictor, loaded.info, config.images, config)
     return PredictSummary(model_version=loaded.version, predictions=rows)
 
 
 def predict_images(
-    predictor: TtaPredictor, classes: list[str], given: Sequence[str | bytes], limits: LimitsConfig
+    predictor: TtaPredictor, info: BundleInfo, given: Sequence[str | bytes], limits: LimitsConfig
 ) -> list[Prediction]:
-    """A prediction for each of `given`, a URI or an encoded image, in order. StorageError if the store fails."""
+    """A prediction for each of `given`, a URI or an encoded image, in order. `info` is the model's. StorageError if the store fails."""
     rows: list[Prediction] = []
     for start in range(0, len(given), predictor.batch_size):
         batch = given[start : start + predictor.batch_size]
@@ -68,8 +74,10 @@ def predict_images(
                 row.status, row.error = error.status, error.reason
         for row, probs in zip(rows[start:], predictor(pixels)[0], strict=True):
             if row.status == "ok":
-                row.label, row.confidence = classes[int(probs.argmax())], float(probs.max())
-                row.probs = dict(zip(classes, probs.tolist(), strict=True))
+                row.label, row.confidence = info.classes[int(probs.argmax())], float(probs.max())
+                row.probs = dict(zip(info.classes, probs.tolist(), strict=True))
+                if info.thresholds:
+                    row.abstain = bool(probs.max() < np.float32(info.thresholds[row.label]))
     return rows
 
 

@@ -34,7 +34,7 @@ def rescore(config: RescoreConfig) -> ScoreSummary:
     """
     loaded = bundle.load_bundle(config.model)
     layout = layout_of(config)
-    layout.check(loaded.info.classes, embeddings=False)
+    layout.check(loaded.info.classes, thresholds=loaded.info.thresholds, embeddings=False)
     uri = published.find_run(config.features)
     manifest = published.read_manifest(uri)
     _check(loaded, uri, manifest.spec)
@@ -83,10 +83,11 @@ class RescoreWork:
         scored = np.isin(rows["status"].to_pylist(), SCORED)
         probs = np.zeros((len(rows), logits.shape[1]), np.float32)
         probs[scored] = softmax(logits)
+        info = self._loaded.info
         own = pa.table(
             {
                 **{name: rows[name] for name in ALWAYS},
-                **self._layout.answers(self._loaded.info.classes, probs, ~scored),
+                **self._layout.answers(info.classes, probs, ~scored, thresholds=info.thresholds),
                 **{name: rows[name] for name in ("width", "height") if name in rows.column_names},
                 "model_version": pa.array([self._loaded.version] * len(rows), pa.string()),
             }

@@ -85,7 +85,7 @@ def score_task(
     config: ScoringConfig, loaded: bundle.Bundle, *, layout: Layout, embeddings: bool
 ) -> inference.ScoreTask:
     """What each worker is to do. ValueError for options that do not fit the model or the cluster."""
-    layout.check(loaded.info.classes, embeddings=embeddings)
+    layout.check(loaded.info.classes, thresholds=loaded.info.thresholds, embeddings=embeddings)
     f32 = resolve_execution(config.runtime, config.device, "f32", has_gpu=session.has_gpu(config.address))
     execution = precision.choose(loaded.uri, loaded.version, f32, config.precision)
     if embeddings and execution.precision != "f32":

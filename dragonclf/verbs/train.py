@@ -34,7 +34,7 @@ from dragonclf.engine import inference, job, plan
 from dragonclf.engine.pipeline import Limits
 from dragonclf.model import bundle, canaries, zoo
 from dragonclf.model.execution import Execution, resolve_execution
-from dragonclf.train import checkpoint, head, worker
+from dragonclf.train import checkpoint, head, thresholds, worker
 from dragonclf.train.recipe import Recipe
 
 log = logging.getLogger("dragonclf")
@@ -280,12 +280,27 @@ def _save_bundle(config: TrainConfig, job: worker.TrainJob, args: dict[str, Any]
             "calibrated: temperature %.3f, expected calibration error on the validation images %.4f before, %.4f after",
             temperature, chosen["valid_ece"], chosen["valid_ece_calibrated"],
         )  # fmt: skip
+    choices = _told(state["thresholds"], job)
+    if choices:
+        figures["valid_coverage"] = chosen["valid_coverage"]
     encoded = canaries.synthetic() if config.synthetic_canaries else _validation_images(job.snapshot)
     return bundle.save_bundle(
         storage.join(job.run_uri, "model"), model, arch=config.arch, classes=job.snapshot.info.classes, transform=job.transform,
         canaries=encoded, pretrained=job.pretrained, snapshot=job.snapshot.uri, config=args,
-        temperature=temperature, metrics=figures, atomic=not config.at_least_once,
+        temperature=temperature, thresholds=choices, metrics=figures, atomic=not config.at_least_once,
     )  # fmt: skip
+
+
+def _told(choices: list[thresholds.Choice], job: worker.TrainJob) -> dict[str, float]:
+    """Thresholds by class, none if none were asked for, and the log what they come to."""
+    if not choices:
+        return {}
+    classes = job.snapshot.info.classes
+    log.info("thresholds: labels of %.2f%% of the validation images are accepted", 100 * thresholds.coverage(choices))
+    short = thresholds.short_of(choices, classes, job.recipe)
+    if short:
+        log.warning("thresholds: %s", short)
+    return {name: choice["threshold"] for name, choice in zip(classes, choices, strict=True)}
 
 
 def _validation_images(snapshot: Snapshot) -> list[bytes]:
@@ -303,7 +318,7 @@ def _finish(config: TrainConfig, run_uri: str, made: bundle.Bundle, snapshot: Sn
             folder = Path(temporary, pyfunc.BUNDLE)
             storage.download_all(made.uri, folder)
             tracking.log_model(
-                config.mlflow_uri, run_uri, code=Path(pyfunc.__file__), folder=folder, signature=pyfunc.signature(made.info.classes)
+                config.mlflow_uri, run_uri, code=Path(pyfunc.__file__), folder=folder, signature=pyfunc.signature(made.info)
             )  # fmt: skip
     return TrainSummary(
         run=run_uri, model=made.uri, model_version=made.version, snapshot=snapshot.uri, classes=made.info.classes, metrics=made.info.metrics

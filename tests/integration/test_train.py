@@ -110,7 +110,9 @@ def training_workers(pid: int) -> list[psutil.Process]:
 
 @pytest.mark.filterwarnings("ignore")  # MLflow's own, in this process
 def test_number_of_workers_changes_neither_order_nor_result(data: str, tmp_path: Path):
-    options = ["train", data, "--out", str(tmp_path), "--size", "64", "--mlflow-uri", f"sqlite:///{tmp_path}/mlflow.db"]
+    options = [
+        "train", data, "--out", str(tmp_path), "--size", "64", "--mlflow-uri", f"sqlite:///{tmp_path}/mlflow.db", "--min-precision", "0.9",
+    ]  # fmt: skip
     one = commands.result(*options, "--name", "one", "--num-workers", "1")
     two = commands.result(*options, "--name", "two", "--num-workers", "2")
     assert [row["epoch"] for row in history(one["run"])] == [1, 2, 3]
@@ -122,6 +124,12 @@ def test_number_of_workers_changes_neither_order_nor_result(data: str, tmp_path:
     assert made.info.temperature == row["temperature"] != 1
     assert made.info.metrics["valid_ece_calibrated"] == row["valid_ece_calibrated"] < row["valid_ece"]
     assert state is not None
+    assert made.info.thresholds == {
+        name: choice["threshold"] for name, choice in zip(made.info.classes, state["thresholds"], strict=True)
+    }
+    assert all(choice["reached"] >= 0.9 and choice["accepted"] for choice in state["thresholds"])
+    assert made.info.metrics["valid_coverage"] == row["valid_coverage"]
+    assert "for a precision of 0.9 of each class" in storage.get(f"{one['model']}/README.md").decode()
     weight, bias = head.folded(state["model"])
     classifier = zoo.classifier(made.model)
     torch.testing.assert_close(classifier.weight.detach() * row["temperature"], weight)
@@ -175,6 +183,7 @@ def check_mlflow(uri: str, trained: dict[str, Any], paths: list[str]) -> None:
         assert last["status"] == status
         for row, wanted in zip(rows, expected, strict=True):
             assert (row["status"], row["label"], row["confidence"]) == ("ok", wanted["label"], wanted["confidence"])
+            assert row["abstain"] is wanted["abstain"] is False
             assert {name: row[f"prob_{name}"] for name in wanted["probs"]} == wanted["probs"]
 
 

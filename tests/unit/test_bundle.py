@@ -84,6 +84,23 @@ def test_round_trip(tmp_path: Path):
     assert "cat / dog / émeu" in card
 
 
+def test_thresholds_travel_with_the_model_and_its_card_tells_of_them(tmp_path: Path):
+    own = {"cat": 0.8125, "dog": 0.0, "émeu": 2.0}
+    made = save(tmp_path / "m", thresholds=own, config={"min_precision": 0.95, "min_recall": None})
+    assert bundle.load_bundle(made.uri).info.thresholds == own
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert "chosen on the same images for a precision of 0.95 of each class" in card
+    assert "| cat | 0.8125 |\n| dog | 0.0000 |\n| émeu | never |\n" in card
+    with pytest.raises(ValueError, match="there is another model"):
+        save(tmp_path / "m", thresholds=own | {"dog": 0.5})
+    save(tmp_path / "plain")
+    assert "accepted" not in (tmp_path / "plain" / "README.md").read_text()
+    written = json.loads((tmp_path / "plain" / bundle.INFO).read_text())
+    assert written.pop("thresholds") == {}
+    (tmp_path / "plain" / bundle.INFO).write_text(json.dumps(written))  # as bundles were before there were any
+    assert bundle.load_bundle(str(tmp_path / "plain")).info.thresholds == {}
+
+
 def test_round_trip_on_s3(s3_env: LocalS3):
     made = save("s3://work/models/m 1")
     assert bundle.load_bundle("s3://work/models/m 1").version == made.version
@@ -189,6 +206,7 @@ def test_another_transform_is_refused_by_the_canaries(tmp_path: Path):
         ({"extra": 1}, "model.json is not valid: extra: Extra inputs are not permitted"),
         ({"format": 2}, "model.json is not valid: format: Input should be less than or equal to 1"),
         ({"classes": ["cat"]}, "model.json is not valid: classes: List should have at least 2 items"),
+        ({"thresholds": {"cat": 0.5}}, "model.json is not valid: thresholds: Value error, they are of other classes"),
         ({"classes": ["cat", "dog"]}, "do not fit timm's 'test_resnet' with 2 classes here"),
         ({"arch": "no_such_net"}, "do not fit timm's 'no_such_net' with 3 classes here"),
     ],

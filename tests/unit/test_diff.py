@@ -22,6 +22,7 @@ from dragonclf.engine import lease, pairs, plan, published, runs
 from dragonclf.engine.layout import Layout
 from dragonclf.verbs.diff import DiffSummary, Flip, StatusChange, diff
 
+PLAIN = Layout()
 SCHEMA = pa.schema([("uri", pa.string()), ("etag", pa.string()), ("size", pa.int64())])
 
 
@@ -35,7 +36,9 @@ class Row:
     etag: str | None = "e"
 
 
-def scored(rows: list[Row], classes: list[str], *, own: dict[str, Any] | None = None) -> pa.Table:
+def scored(
+    rows: list[Row], classes: list[str], *, own: dict[str, Any] | None = None, layout: Layout = PLAIN
+) -> pa.Table:
     """The rows as scoring writes them, with the input's own columns after the run's."""
     bad = np.array([row.probs is None for row in rows])
     probs = np.array([row.probs or [0.0] * len(classes) for row in rows], np.float32)
@@ -45,7 +48,7 @@ def scored(rows: list[Row], classes: list[str], *, own: dict[str, Any] | None = 
             "etag": pa.array([row.etag for row in rows], pa.string()),
             "status": [row.status for row in rows],
             "error": pa.nulls(len(rows), pa.string()),
-            **Layout().answers(classes, probs, bad),
+            **layout.answers(classes, probs, bad, thresholds={}),
             "width": pa.array([8] * len(rows), pa.int32()),
             **{name: [value] * len(rows) for name, value in (own or {}).items()},
         }

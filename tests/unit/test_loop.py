@@ -15,7 +15,7 @@ from torch import nn
 
 from dragonclf import storage
 from dragonclf.data.transforms import Transform
-from dragonclf.model.predictor import Network
+from dragonclf.model.predictor import Network, softmax
 from dragonclf.train import checkpoint, group, loop
 from dragonclf.train.data import Batch
 from dragonclf.train.head import Head, folded
@@ -55,7 +55,12 @@ TRAIN, VALID = Points(101, seed=1), Points(37, seed=2)
 
 
 def fit(
-    run_uri: str, *, recipe: Recipe = RECIPE, train: Points = TRAIN, stop_after: int | None = None
+    run_uri: str,
+    *,
+    recipe: Recipe = RECIPE,
+    train: Points = TRAIN,
+    valid: Points = VALID,
+    stop_after: int | None = None,
 ) -> list[dict[str, float]]:
     """Train on this process alone, at most to the end of epoch `stop_after`. Returns the reported rows."""
     reported: list[dict[str, float]] = []
@@ -66,7 +71,7 @@ def fit(
             raise KilledError
 
     loop.fit(
-        Head(train.features, 2), train, VALID, recipe, run_uri=run_uri, rank=0, world_size=1, device=torch.device("cpu"),
+        Head(train.features, 2), train, valid, recipe, run_uri=run_uri, rank=0, world_size=1, device=torch.device("cpu"),
         wrap=lambda model: model, report=report,
     )  # fmt: skip
     return reported
@@ -162,6 +167,34 @@ def test_the_best_epoch_is_kept_beside_the_newest(tmp_path: Path):
     head.load_state_dict(best["model"])
     accuracy = (head(VALID.features).argmax(1) == VALID.targets).float().mean()
     assert float(accuracy) == pytest.approx(wanted["valid_accuracy"])
+
+
+@pytest.mark.parametrize("calibrate", [True, False])
+def test_thresholds_are_kept_with_the_weights_that_they_are_of(calibrate: bool, tmp_path: Path):
+    """Of the newest epoch and of the best one; and they fit what the model, calibrated or not, will say of each validation image."""
+    recipe, valid = (
+        RECIPE.model_copy(update={"lr": 3.0, "min_precision": 0.9, "calibrate": calibrate}),
+        Points(200, seed=6),
+    )
+    fit(str(tmp_path), recipe=recipe, valid=valid)
+    for name in (checkpoint.LATEST, checkpoint.BEST):
+        state = checkpoint.load(str(tmp_path), name)
+        assert state is not None
+        head = Head(TRAIN.features, 2)
+        head.load_state_dict(state["model"])
+        row = state["history"][-1]
+        assert row["temperature"] != 1
+        with torch.no_grad():
+            logits = head(valid.features).double() / (row["temperature"] if calibrate else 1)
+        probs = softmax(logits.numpy())
+        labels, accepted = probs.argmax(1), np.zeros(len(probs), bool)
+        for index, choice in enumerate(state["thresholds"]):
+            of_class = (labels == index) & (probs.max(1) >= np.float32(choice["threshold"]))
+            assert of_class.sum() == choice["accepted"] > 0
+            assert (valid.targets.numpy()[of_class] == index).mean() == choice["reached"] >= 0.9
+            accepted |= of_class
+        assert row["valid_coverage"] == accepted.mean()
+    assert "valid_coverage" in checkpoint.read_results(str(tmp_path))[0]
 
 
 class Pictures:

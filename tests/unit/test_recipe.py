@@ -81,6 +81,12 @@ def test_label_smoothing_is_that_of_the_field():
     assert torch.equal(loss(logits, targets), F.cross_entropy(logits, targets, label_smoothing=0.1, reduction="sum"))
 
 
+def test_thresholds_are_for_a_precision_or_a_recall():
+    TrainConfig.model_validate({"data": "d", "out": "o", "min_precision": 1})
+    with pytest.raises(ValueError, match="--min-precision and --min-recall exclude each other: give one"):
+        TrainConfig.model_validate({"data": "d", "out": "o", "min_precision": 0.9, "min_recall": 0.9})
+
+
 @pytest.mark.parametrize("option", [{"freeze_epochs": 2}, {"layer_decay": 0.8}, {"amp": True}])
 def test_what_the_head_alone_has_no_use_for_is_refused(option: dict[str, object]):
     flag = f"--{next(iter(option)).replace('_', '-')}"

@@ -58,10 +58,10 @@ def open_worker(
     return task.open(num_threads)
 
 
-def score(worker: ScoreWorker, uris: list[str], *, isolate: bool = False) -> dict[str, dict[str, Any]]:
+def score(worker: ScoreWorker, uris: list[str]) -> dict[str, dict[str, Any]]:
     """Rows by uri."""
     planned = {"uri": uris, "etag": pa.nulls(len(uris), pa.string()), "size": pa.nulls(len(uris), pa.int64())}
-    rows = Pipeline(worker, num_threads=2, limits=LIMITS).process(pa.table(planned), isolate=isolate).to_pylist()
+    rows = Pipeline(worker, num_threads=2, limits=LIMITS).process(pa.table(planned)).to_pylist()
     assert [row["uri"] for row in rows] == uris
     return {row["uri"]: row for row in rows}
 
@@ -108,7 +108,7 @@ def test_no_views_are_the_predictors_own_probabilities(made: bundle.Bundle, tmp_
     pixels = transform.new_batch(4)
     pixels[0] = transform.for_eval(decode(Path(uri).read_bytes(), min_side=transform.min_side)).numpy()
     wanted = softmax(bundle.open_predictor(made, TORCH, batch_size=4)(pixels)[0])[0]
-    np.testing.assert_array_equal(np.float32(probs_of(score(worker, [uri])[uri])), wanted)
+    np.testing.assert_array_equal(np.array(probs_of(score(worker, [uri])[uri]), np.float32), wanted)
 
 
 def test_views_follow_from_the_bytes_alone(made: bundle.Bundle):
@@ -134,9 +134,9 @@ def test_bits_depend_on_no_batch_order_neighbour_or_thread(made: bundle.Bundle, 
     assert probs_of(rows[broken]) == [None] * 3
     assert probs_of(rows[copy]) == probs_of(rows[uris[3]])
     assert sum(probs_of(rows[copy])) == pytest.approx(1, abs=1e-6)
-    for batch_size, num_threads, isolate in ((9, 2, True), (4, 1, False), (32, 2, False)):
+    for batch_size, num_threads in ((9, 2), (4, 1), (32, 2)):
         worker = open_worker(made, OPENVINO, num_views=2, batch_size=batch_size, num_threads=num_threads)
-        again = score(worker, [broken, *uris[::-1]], isolate=isolate)
+        again = score(worker, [broken, *uris[::-1]])
         assert {uri: probs_of(again[uri]) for uri in uris} == {uri: probs_of(rows[uri]) for uri in uris}
 
 
@@ -151,9 +151,27 @@ def test_predict_says_exactly_what_score_does(made: bundle.Bundle, tmp_path: Pat
     # By torch an image's result may depend on the size of the batch; in batches of one size it is the same too.
     predictor = tta.open_predictor(made, TORCH, num_views=3, batch_size=8)
     rows = score(open_worker(made, TORCH, num_views=3, batch_size=8), uris)
-    for told in predict_images(predictor, ["a", "b", "c"], uris, limits):
+    for told in predict_images(predictor, made.info, uris, limits):
         assert told.uri is not None
         assert list(told.probs.values()) == probs_of(rows[told.uri])
+
+
+def test_predict_abstains_as_score_does(made: bundle.Bundle, tmp_path: Path):
+    uris, broken = write_images(tmp_path, 5), f"{tmp_path}/broken.jpg"
+    Path(broken).write_bytes(b"")
+    rows = list(score(open_worker(made, OPENVINO, num_views=0, batch_size=8), uris).values())
+    own = dict.fromkeys("abc", 2.0) | {rows[0]["label"]: rows[0]["confidence"]}
+    strict = bundle.save_bundle(
+        f"{tmp_path}/strict", made.model, arch=ARCH, classes=made.info.classes, transform=made.info.transform,
+        canaries=canaries.synthetic(), pretrained="none", snapshot="", metrics={}, config={}, thresholds=own,
+    )  # fmt: skip
+    wanted = [row["confidence"] < own[row["label"]] for row in rows] + [None]
+    assert wanted[0] is False, "it is its own threshold"
+    scored = score(open_worker(strict, OPENVINO, num_views=0, batch_size=8), [*uris, broken])
+    assert [row["abstain"] for row in scored.values()] == wanted
+    told = predict(PredictConfig(model=strict.uri, images=[*uris, broken], runtime="openvino"))
+    assert [row.abstain for row in told.predictions] == wanted
+    assert [row.abstain for row in predict(PredictConfig(model=made.uri, images=uris)).predictions] == [None] * 5
 
 
 def test_a_model_that_says_nothing_of_its_training_has_the_usual_views(made: bundle.Bundle):
