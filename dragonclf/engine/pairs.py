@@ -119,7 +119,8 @@ def _read(rows: ds.Dataset, columns: list[str]) -> Iterator[pa.RecordBatch]:
 def _prob_columns(run_uri: str, verb: str, names: list[str]) -> list[str]:
     """The columns of probabilities: those between confidence and width. The input's own may be named like them, and come later."""
     missing = [name for name in (*COLUMNS, "width") if name not in names]
-    found = [] if missing else names[names.index("confidence") + 1 : names.index("width")]
+    between = [] if missing else names[names.index("confidence") + 1 : names.index("width")]
+    found = [name for name in between if name == "probs" or name.startswith("prob_")]
     if not found:
         what = f"the column {missing[0]!r}" if missing else "probabilities"
         raise ValueError(f"{run_uri} is a run of `{verb}` without {what}: give runs of `score` or `evaluate`")

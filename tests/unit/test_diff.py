@@ -196,6 +196,21 @@ def one_hot(place: int, prob: float, *, rest: int, num_classes: int = 40) -> lis
 MANY = [f"class{i:02d}" for i in range(40)]
 
 
+def test_what_else_a_run_says_of_its_answers_is_no_probability(tmp_path: Path):
+    classes = ["cat", "dog"]
+    plain = publish(tmp_path / "plain", scored(CATS_A, classes))
+    abstaining = publish(tmp_path / "abstaining", scored(CATS_B, classes, layout=Layout(threshold=0.7)), model="m2")
+    found, wanted = (
+        compare(plain, abstaining),
+        compare(plain, publish(tmp_path / "b", scored(CATS_B, classes), model="m2")),
+    )
+    assert found.changes == wanted.changes
+    assert [change.column for change in found.changes] == ["confidence", "prob_cat", "prob_dog"]
+    top = publish(tmp_path / "top", scored(CATS_B, classes, layout=Layout(top_k=1)))
+    with pytest.raises(ValueError, match="is a run of `score` without probabilities: give runs of"):
+        compare(plain, top)
+
+
 def test_past_32_classes_one_model_is_compared_by_place(tmp_path: Path):
     a = scored([Row("/1", one_hot(3, 0.75, rest=17)), Row("/2", one_hot(5, 0.75, rest=3))], MANY)
     b = scored([Row("/1", one_hot(3, 0.625, rest=17)), Row("/2", None, "missing")], MANY)
