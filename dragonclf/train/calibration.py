@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 MIN_IMAGES = 50  # fewer say too little: the temperature is then 1
-MAX_IMAGES = 20_000  # more are not kept
+MAX_IMAGES = 20_000  # of more, every second, third, ... is kept: they come class by class
 HOTTEST = 4.0  # and 1/4 the coldest: images that are all right would ask for 0
 NUM_HALVINGS = 40
 NUM_BINS = 15

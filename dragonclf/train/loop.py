@@ -100,10 +100,11 @@ def _validate(
     parts = [own[start : start + EVAL_BATCH_SIZE] for start in range(0, len(own), EVAL_BATCH_SIZE)]
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, count
     kept: list[Batch] = []
+    every = -(-len(valid) // calibration.MAX_IMAGES)
     for part, (inputs, targets) in zip(parts, valid.batches(parts, epoch=0), strict=True):
         logits, targets = logits_of(model, inputs.to(device)).float(), targets.to(device)
-        first = int((part < calibration.MAX_IMAGES).sum())
-        kept.append((logits[:first], targets[:first]))
+        chosen = torch.from_numpy(part % every == 0).to(device)
+        kept.append((logits[chosen], targets[chosen]))
         sums[0] += nn.functional.cross_entropy(logits, targets, reduction="sum")
         sums[1] += (logits.argmax(1) == targets).sum()
         sums[2] += len(targets)

@@ -1,6 +1,7 @@
 """Temperature scaling against scipy's minimum, and the calibration error against torchmetrics'."""
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
 
+from dragonclf.train import calibration, loop
 from dragonclf.train.calibration import HOTTEST, MIN_IMAGES, calibrate
+from dragonclf.train.data import Batch
+from dragonclf.train.recipe import Recipe
 
 
 def too_sure(count: int, *, num_classes: int, by: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,6 +69,33 @@ def _share(rank: int, meeting: str, folder: str) -> None:
     own = (logits[rank::2], targets[rank::2]) if rank < 2 else (torch.zeros(0, 1), targets[:0])
     Path(folder, f"{rank}.json").write_text(json.dumps(calibrate(*own, summed)))
     dist.destroy_process_group()
+
+
+def test_of_many_images_those_that_are_kept_are_of_all_classes(monkeypatch: pytest.MonkeyPatch):
+    """Images come class by class: the first 60 of these are of one class."""
+    logits, targets = too_sure(160, num_classes=2, by=2.0)
+    order = targets.argsort(stable=True)
+    samples = Samples(logits[order].float(), targets[order])
+    monkeypatch.setattr(calibration, "MAX_IMAGES", 60)
+    recipe = Recipe(epochs=1, lr=1, weight_decay=0, global_batch_size=1, seed=0)
+    found, _ = loop._validate(torch.nn.Identity(), samples, recipe, 0, 1, torch.device("cpu"))
+    wanted = calibrate(samples.logits[::3], samples.targets[::3], alone)
+    assert {key: found[key] for key in wanted} == wanted
+    assert found["valid_accuracy"] == float((logits.argmax(1) == targets).double().mean())
+
+
+class Samples:
+    """Logits in place of images."""
+
+    def __init__(self, logits: torch.Tensor, targets: torch.Tensor):
+        self.logits, self.targets = logits, targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def batches(self, indices: Iterable[np.ndarray], *, epoch: int) -> Iterator[Batch]:
+        for batch in indices:
+            yield self.logits[torch.from_numpy(batch)], self.targets[torch.from_numpy(batch)]
 
 
 def test_few_images_say_nothing():
