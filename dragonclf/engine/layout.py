@@ -24,9 +24,7 @@ class Layout(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    threshold: float | None = (
-        None  # adds the column abstain: whether the confidence is less. None: by the model's own, if it has any
-    )
+    threshold: float | None = None  # adds the column abstain: whether the confidence is less; before the model's own
     top_k: int | None = None  # the most probable classes as two lists, in place of all probabilities
     columns: tuple[str, ...] | None = None  # of the row's own: only these, and ALWAYS
 

@@ -5,6 +5,7 @@ training. Here they are drawn from the image's own bytes: the same image has the
 """
 
 import hashlib
+import logging
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from dragonclf.data.augment import Augment
 from dragonclf.model import bundle
 from dragonclf.model.execution import Execution
 from dragonclf.model.predictor import Predictor, softmax
+
+log = logging.getLogger("dragonclf")
 
 BETA = 0.25  # what the centre counts
 
@@ -63,6 +66,15 @@ def mixed(probs: np.ndarray) -> np.ndarray:
     """Probabilities float32 (N, K) out of those of each view, (N, V, K), the centre first: BETA of it, the rest of the others' mean."""
     views = probs.astype(np.float64)
     return (BETA * views[:, 0] + (1 - BETA) * views[:, 1:].mean(axis=1)).astype(np.float32)
+
+
+def warn_of_views(info: bundle.BundleInfo, num_views: int) -> None:
+    """Say so if the model's training saw nothing like the views."""
+    if num_views and info.config.get("precompute"):
+        log.warning(
+            "tta: this model's head was trained on features of centres and saw no varied view, which can make it worse: compare "
+            "`evaluate` with and without --tta, or train with --no-precompute"
+        )
 
 
 def open_predictor(

@@ -280,18 +280,18 @@ def _save_bundle(config: TrainConfig, job: worker.TrainJob, args: dict[str, Any]
             "calibrated: temperature %.3f, expected calibration error on the validation images %.4f before, %.4f after",
             temperature, chosen["valid_ece"], chosen["valid_ece_calibrated"],
         )  # fmt: skip
-    choices = _told(state["thresholds"], job)
-    if choices:
+    chosen_thresholds = _thresholds(state["thresholds"], job)
+    if chosen_thresholds:
         figures["valid_coverage"] = chosen["valid_coverage"]
     encoded = canaries.synthetic() if config.synthetic_canaries else _validation_images(job.snapshot)
     return bundle.save_bundle(
         storage.join(job.run_uri, "model"), model, arch=config.arch, classes=job.snapshot.info.classes, transform=job.transform,
         canaries=encoded, pretrained=job.pretrained, snapshot=job.snapshot.uri, config=args,
-        temperature=temperature, thresholds=choices, metrics=figures, atomic=not config.at_least_once,
+        temperature=temperature, thresholds=chosen_thresholds, metrics=figures, atomic=not config.at_least_once,
     )  # fmt: skip
 
 
-def _told(choices: list[thresholds.Choice], job: worker.TrainJob) -> dict[str, float]:
+def _thresholds(choices: list[thresholds.Choice], job: worker.TrainJob) -> dict[str, float]:
     """Thresholds by class, none if none were asked for, and the log what they come to."""
     if not choices:
         return {}

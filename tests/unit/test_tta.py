@@ -179,6 +179,18 @@ def test_a_model_that_says_nothing_of_its_training_has_the_usual_views(made: bun
     assert made.info.model_copy(update={"config": {"lr": 0.1}}).augment == Augment()
 
 
+def test_views_that_training_never_saw_are_doubted(
+    made: bundle.Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(tta.log, "propagate", True)
+    of_features = made.info.model_copy(update={"config": {"precompute": True}})
+    for info, num_views in ((made.info, 4), (of_features, 0)):
+        tta.warn_of_views(info, num_views)
+    assert not caplog.records
+    tta.warn_of_views(of_features, 4)
+    assert "saw no varied view, which can make it worse: compare `evaluate` with and without --tta" in caplog.text
+
+
 def test_only_runs_with_views_tell_of_them(made: bundle.Bundle):
     def spec(num_views: int) -> dict[str, Any]:
         task = ScoreTask(OPENVINO, 32, LIMITS, made.uri, made.version, False, Layout(), num_views)
