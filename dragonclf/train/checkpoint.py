@@ -40,8 +40,9 @@ class Writer:
         """Make `state` the newest, then bring results.csv and steps.csv to its history. `best`: its weights are the best so far."""
         self.wait()
         latest = _serialised(state)
-        kept = {"model": weights_of(state)} | {key: state[key] for key in ("thresholds", "history")}
-        weights = _serialised(kept) if best else None
+        weights = None
+        if best:
+            weights = _serialised({"model": weights_of(state)} | {key: state[key] for key in ("thresholds", "history")})
         self._pending = self._pool.submit(self._write, latest, weights, list(state["history"]), list(state["curve"]))
 
     def wait(self) -> None:
