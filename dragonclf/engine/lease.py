@@ -61,7 +61,7 @@ class Lease:
         )
         self._etag = ""
         self._lock = threading.Lock()
-        self._done = threading.Event()
+        self._done, self._told = threading.Event(), threading.Event()
         self._lost: Exception | None = None
         self._beating: threading.Thread | None = None
         self._before: Any = None  # the main thread's handler of INTERRUPT, if it was the one to acquire
@@ -86,7 +86,7 @@ class Lease:
         """
         self._take()
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(INTERRUPT, _interrupt)
+            self._before = signal.signal(INTERRUPT, self._interrupt)
         self._beating = threading.Thread(target=self._beat, daemon=True, name="lease")
         self._beating.start()
 
@@ -116,10 +116,16 @@ class Lease:
             except storage.StorageError as error:
                 self._lost = error
             if self._lost is not None:
-                if self._before is not None and not self._done.is_set():
-                    # A real signal, so that it also ends a wait in a system call.
+                # A real signal, so that it also ends a wait in a system call; again, if it came just before that wait began.
+                while self._before is not None and not self._done.is_set():
                     signal.pthread_kill(threading.main_thread().ident or 0, INTERRUPT)
+                    if self._told.wait(POLL_S):
+                        break
                 return
+
+    def _interrupt(self, number: int, frame: types.FrameType | None) -> None:
+        self._told.set()
+        raise _Interrupt
 
     def _renew(self, *, released: bool = False) -> None:
         with self._lock:
@@ -184,10 +190,6 @@ class Lease:
             )
         log.warning("this store keeps no conditional writes: nothing keeps a second driver from writing over this one")
         self.atomic = False
-
-
-def _interrupt(number: int, frame: types.FrameType | None) -> None:
-    raise _Interrupt
 
 
 def _this_process() -> str:
