@@ -153,7 +153,7 @@ class FeatureWorker:
         return {"features": self.predictor(pixels)[1]}
 
     def table(self, planned: pa.Table, result: ShardResult) -> pa.Table:
-        features = result.outputs.get("features", np.zeros((planned.num_rows, 1), np.float32))
+        features = result.outputs.get("features", np.zeros((planned.num_rows, self.predictor.num_features), np.float32))
         return pa.table(
             {
                 "uri": planned["uri"],

@@ -78,12 +78,18 @@ def read_manifest(run_uri: str) -> Manifest:
 
 def read_latest(out_uri: str) -> str:
     """URI of the newest published run under `out_uri`. ValueError if there is none."""
-    found = storage.get_if_exists(storage.join(out_uri, LATEST))
+    found = find_latest(out_uri)
     if found is None:
         raise ValueError(
             f"there is no published run under {out_uri}: {LATEST} is missing; name the folder given as --out"
         )
-    return storage.join(out_uri, "runs", json.loads(found[0])["run"])
+    return found
+
+
+def find_latest(out_uri: str) -> str | None:
+    """URI of the newest published run under `out_uri`, or None if there is none."""
+    found = storage.get_if_exists(storage.join(out_uri, LATEST))
+    return storage.join(out_uri, "runs", json.loads(found[0])["run"]) if found else None
 
 
 def find_run(uri: str) -> str:

@@ -4,7 +4,7 @@ OUT/NAME/args.json        the options, resolved; the same command resumes, anoth
          checkpoints/     latest.pt, to go on from; best.pt, the weights of the best epoch
          results.csv      one row an epoch
          model/           the bundle, at the end
-OUT/features/runs/...     features of frozen backbones, shared by the runs under OUT
+OUT/features/...          features of frozen backbones, shared by the runs under OUT (`train/features.py`)
 """
 
 import contextlib
@@ -26,15 +26,12 @@ import ray.train.torch
 from pydantic import BaseModel, Field
 
 from dragonclf import session, storage, tracking
-from dragonclf.config import MAX_IMAGE_BYTES, MAX_IMAGE_S, MAX_PIXELS, RayConfig, ReadingConfig, TrainConfig
+from dragonclf.config import RayConfig, ReadingConfig, TrainConfig
 from dragonclf.data.augment import Augment
 from dragonclf.data.snapshot import Snapshot, open_snapshot, read_rows
-from dragonclf.data.transforms import Transform
-from dragonclf.engine import inference, job, plan
-from dragonclf.engine.pipeline import Limits
 from dragonclf.model import bundle, canaries, zoo
-from dragonclf.model.execution import Execution, resolve_execution
-from dragonclf.train import checkpoint, head, thresholds, worker
+from dragonclf.model.execution import resolve_execution
+from dragonclf.train import checkpoint, features, head, thresholds, worker
 from dragonclf.train.recipe import Recipe
 
 log = logging.getLogger("dragonclf")
@@ -108,7 +105,9 @@ def train(config: TrainConfig) -> TrainSummary:
         job = worker.TrainJob(
             run_uri=run_uri,
             snapshot=snapshot,
-            features_uri=_compute_features(config, execution, snapshot, source, digest, transform)
+            features_uri=features.compute(
+                config, snapshot, execution=execution, pretrained=source, digest=digest, transform=transform
+            )
             if config.precompute
             else None,
             arch=config.arch,
@@ -125,30 +124,6 @@ def train(config: TrainConfig) -> TrainSummary:
         with _followed(config, job.recipe, run_uri, name, args):
             _run_workers(config, job)
     return _finish(config, run_uri, _save_bundle(config, job, args), snapshot)
-
-
-def _compute_features(
-    config: TrainConfig, execution: Execution, snapshot: Snapshot, source: str, digest: str, transform: Transform
-) -> str:
-    """Features of all training and validation images, by the engine: resumed if killed, reused if the same were computed before."""
-    task = inference.FeatureTask(
-        execution, config.batch_size, Limits(MAX_IMAGE_BYTES, MAX_PIXELS, MAX_IMAGE_S), config.arch, source, digest, transform,
-    )  # fmt: skip
-    spec = {
-        "backbone": digest, "transform": transform.digest, "execution": execution.model_dump(), "snapshot": snapshot.info.id,
-    }  # fmt: skip
-    columns = ["uri", "etag", "size", "label", "split"]
-
-    def stage() -> plan.StagedPlan:
-        return plan.stage_plan(
-            read_rows(snapshot, splits=("train", "valid"), columns=columns), shard_images=config.shard_images
-        )
-
-    log.info("features: frozen %s by %s", config.arch, execution)
-    out = storage.join(config.out, "features")
-    return job.run(
-        out, "features", spec, stage, task, ray_config=config, run_config=config, retry_errors=config.retry_errors
-    ).uri
 
 
 def recipe(config: TrainConfig) -> Recipe:

@@ -20,9 +20,10 @@ import pytest
 import torch
 
 from dragonclf import storage
+from dragonclf.engine import job, published
 from dragonclf.model import bundle, zoo
 from dragonclf.train import checkpoint, head
-from tests.conftest import write_folder
+from tests.conftest import encoded, write_folder
 from tests.integration import commands
 
 pytestmark = pytest.mark.slow
@@ -110,11 +111,9 @@ def training_workers(pid: int) -> list[psutil.Process]:
 
 @pytest.mark.filterwarnings("ignore")  # MLflow's own, in this process
 def test_number_of_workers_changes_neither_order_nor_result(data: str, tmp_path: Path):
-    options = [
-        "train", data, "--out", str(tmp_path), "--size", "64", "--mlflow-uri", f"sqlite:///{tmp_path}/mlflow.db", "--min-precision", "0.9",
-    ]  # fmt: skip
-    one = commands.result(*options, "--name", "one", "--num-workers", "1")
-    two = commands.result(*options, "--name", "two", "--num-workers", "2")
+    options = ["--out", str(tmp_path), "--size", "64", "--mlflow-uri", f"sqlite:///{tmp_path}/mlflow.db", "--min-precision", "0.9"]
+    one = commands.result("train", data, *options, "--name", "one", "--num-workers", "1")
+    two = commands.result("train", data, *options, "--name", "two", "--num-workers", "2")
     assert [row["epoch"] for row in history(one["run"])] == [1, 2, 3]
     for a, b in zip(history(one["run"]), history(two["run"]), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
@@ -138,10 +137,12 @@ def test_number_of_workers_changes_neither_order_nor_result(data: str, tmp_path:
     check_mlflow(f"sqlite:///{tmp_path}/mlflow.db", one, [str(_first(data, label)) for label in ("blue", "red")])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["features", "mlflow-models", "mlflow.db", "one", "two"]
 
-    again = commands.run(*options, "--name", "two", "--num-workers", "1", "--json")
+    check_grown(data, tmp_path, options)
+
+    again = commands.run("train", data, *options, "--name", "two", "--num-workers", "1", "--json")
     assert again.returncode == 0
     assert "nothing to do" in again.stderr
-    other = commands.run(*options, "--name", "two", "--epochs", "5")
+    other = commands.run("train", data, *options, "--name", "two", "--epochs", "5")
     assert other.returncode == 2
     assert "other options" in other.stderr
 
@@ -152,6 +153,25 @@ def test_number_of_workers_changes_neither_order_nor_result(data: str, tmp_path:
     lines = [line.split() for line in seen.stdout.splitlines() if ".jpg" in line]
     assert [line[1:3] for line in lines[:2]] == [["ok", "blue"], ["ok", "red"]]
     assert "missing" in seen.stdout
+
+
+def check_grown(data: str, out: Path, options: list[str]) -> None:
+    """Two photographs more: of them alone features are computed."""
+    photos = Path(data).parent / "photos"
+    for name, colour in (("blue", (30, 30, 200)), ("red", (200, 30, 30))):
+        (photos / name / "new.jpg").write_bytes(encoded(colour=colour, seed=9000))
+    grown = commands.result("index", str(photos), "--out", str(out / "grown"))
+    assert grown["counts"]["ok"] == 2 * PER_CLASS + 2
+    done = commands.run(
+        "train", str(out / "grown"), *options, "--name", "more", "--epochs", "1", "--no-log-model", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"features: {2 * PER_CLASS} of {2 * PER_CLASS + 2} images kept of run" in done.stderr
+    [features] = (out / "features").iterdir()
+    run = published.read_latest(str(features))
+    assert published.read_manifest(run).num_kept == 2 * PER_CLASS
+    told = json.loads(storage.get(f"{run}/{job.SUMMARY}"))
+    assert (told["images"], told["read_by_this_call"]) == (2 * PER_CLASS + 2, 2)
 
 
 LOADED = """
