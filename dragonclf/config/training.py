@@ -8,9 +8,9 @@ from dragonclf.config.shared import Config, ExecutionConfig, RayConfig, ReadingC
 
 # What means nothing for a head on features.
 _OF_ALL_LAYERS = (
-    "freeze_epochs", "layer_decay", "amp", "crop_scale", "flips", "policy", "erase", "mixup", "cutmix", "start_size", "drop", "drop_path",
-    "batch_norm", "compile",
+    "freeze_epochs", "layer_decay", "amp", "mixup", "cutmix", "start_size", "drop", "drop_path", "batch_norm", "compile",
 )  # fmt: skip
+_OF_VIEWS = ("crop_scale", "flips", "policy", "erase")
 
 
 class RecipeConfig(Config):
@@ -47,18 +47,24 @@ class RecipeConfig(Config):
         default=None, ge=1, description="Steps after which a checkpoint is written, beside that of each epoch."
     )
     crop_scale: float = Field(
-        default=0.35, gt=0, le=1, description="Least share of the image that a random crop keeps, with no-precompute."
+        default=0.35,
+        gt=0,
+        le=1,
+        description="Least share of the image that a random crop keeps, with no-precompute or views.",
     )
     flips: Literal["none", "horizontal", "vertical", "both"] = Field(
-        default="horizontal", description="How images are mirrored at random, with no-precompute."
+        default="horizontal", description="How images are mirrored at random, with no-precompute or views."
     )
     policy: Literal["none", "trivial", "rand"] = Field(
         default="none",
         description="trivial: TrivialAugment, one random change of shape or colour an image. rand: RandAugment, two mild ones. With "
-        "no-precompute.",
+        "no-precompute or views.",
     )
     erase: float = Field(
-        default=0.0, ge=0, le=1, description="Share of images of which a random part is erased, with no-precompute."
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of images of which a random part is erased, with no-precompute or views.",
     )
     mixup: float = Field(
         default=0.0,
@@ -157,6 +163,12 @@ class TrainConfig(RecipeConfig, RayConfig, ExecutionConfig, ReadingConfig):
     precompute: bool = Field(
         default=True, description="Train the head on features computed once; no-precompute trains every layer."
     )
+    views: int = Field(
+        default=0,
+        ge=0,
+        description="Augmented views of each training image to compute features of, beside its own: epochs take its own, then each view, "
+        "in turn. Each costs a pass of the backbone, and memory of every worker for all features once more.",
+    )
     cache: bool = Field(
         default=True,
         description="Keep the images of a bucket on the training nodes' disks, so that each is read once, with no-precompute.",
@@ -197,6 +209,28 @@ class TrainConfig(RecipeConfig, RayConfig, ExecutionConfig, ReadingConfig):
     @model_validator(mode="after")
     def _check_of_all_layers(self) -> "TrainConfig":
         for name in _OF_ALL_LAYERS:
-            if self.precompute and getattr(self, name) != type(self).model_fields[name].default:
+            if self.precompute and self._is_given(name):
                 raise ValueError(f"--{name.replace('_', '-')} is for training every layer: add --no-precompute")
         return self
+
+    @model_validator(mode="after")
+    def _check_views(self) -> "TrainConfig":
+        for name in _OF_VIEWS:
+            if self.precompute and not self.views and self._is_given(name):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} varies images, and features are computed of each as it is: add --views 3, say, or "
+                    "--no-precompute"
+                )
+        if self.views and not self.precompute:
+            raise ValueError(
+                "--views is for features, and --no-precompute varies the images anew each epoch: leave one out"
+            )
+        if self.views >= self.epochs:
+            raise ValueError(
+                f"--views {self.views} is more than {self.epochs} epochs take, the first of which takes the images as they are: "
+                "lower it, or raise --epochs"
+            )
+        return self
+
+    def _is_given(self, name: str) -> bool:
+        return getattr(self, name) != type(self).model_fields[name].default

@@ -1,12 +1,15 @@
 """The two image jobs that run a model: probabilities from a bundle (scoring), features from a backbone (precompute)."""
 
 import abc
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
 
+from dragonclf.data.augment import Augment
 from dragonclf.data.images import Picture
 from dragonclf.data.transforms import Transform
 from dragonclf.engine import runs
@@ -62,14 +65,25 @@ class ScoreTask(_InferenceTask):
         return ScoreWorker(predictor, loaded, embeddings=self.embeddings, layout=self.layout)
 
 
+class Views(BaseModel):
+    """Images cropped and varied as training does it: a function of the seed, the view's number and the image's bytes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    count: int = Field(ge=1, description="Of each image.")
+    seed: int
+    augment: Augment
+
+
 @dataclass(frozen=True)
 class FeatureTask(_InferenceTask):
-    """What the head of a pretrained backbone sees, float32, for images of a snapshot."""
+    """What the head of a pretrained backbone sees, float32, of images of a snapshot: as scoring sees them, or of `views` of them."""
 
     arch: str
     pretrained: str
     digest: str
     transform: Transform
+    views: Views | None = None
 
     def open(self, num_threads: int) -> "FeatureWorker":
         model = zoo.load_pretrained(self.arch, self.pretrained)
@@ -80,7 +94,7 @@ class FeatureTask(_InferenceTask):
         predictor = Predictor(
             model, self.transform, self.execution, batch_size=self.batch_size, num_threads=num_threads
         )
-        return FeatureWorker(predictor)
+        return ViewWorker(predictor, self.views) if self.views else FeatureWorker(predictor)
 
 
 def open_bundle(uri: str, version: str) -> bundle.Bundle:
@@ -149,11 +163,16 @@ class FeatureWorker:
     def read(self, data: bytes, picture: Picture) -> tuple[dict[str, Any], np.ndarray]:
         return {}, self.predictor.transform.for_eval(picture.pixels).numpy()
 
+    @property
+    def num_values(self) -> int:
+        """Of a row's features."""
+        return self.predictor.num_features
+
     def predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         return {"features": self.predictor(pixels)[1]}
 
     def table(self, planned: pa.Table, result: ShardResult) -> pa.Table:
-        features = result.outputs.get("features", np.zeros((planned.num_rows, self.predictor.num_features), np.float32))
+        features = result.outputs.get("features", np.zeros((planned.num_rows, self.num_values), np.float32))
         return pa.table(
             {
                 "uri": planned["uri"],
@@ -163,3 +182,34 @@ class FeatureWorker:
                 "features": pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), features.shape[1]),
             }
         )
+
+
+class ViewWorker(FeatureWorker):
+    """The same rows, but that the features are those of each view, one after the other. An image is read and decoded once for all."""
+
+    def __init__(self, predictor: Predictor, views: Views):
+        super().__init__(predictor)
+        self._views = views
+
+    @property
+    def num_values(self) -> int:
+        return self._views.count * self.predictor.num_features
+
+    def new_batch(self) -> np.ndarray:
+        """Zeros, uint8 (batch_size, views, 3, size, size). In memory a view of all images lies together, as networks like it."""
+        count = self._views.count
+        pixels = self.predictor.transform.new_batch(count * self.batch_size)
+        return pixels.reshape(count, self.batch_size, *pixels.shape[1:]).swapaxes(0, 1)
+
+    def read(self, data: bytes, picture: Picture) -> tuple[dict[str, Any], np.ndarray]:
+        views, content = self._views, int.from_bytes(hashlib.sha256(data).digest()[:8])
+        drawn = [
+            self.predictor.transform.for_train(
+                picture.pixels, seed=views.seed, epoch=view, sample=content, augment=views.augment
+            )
+            for view in range(views.count)
+        ]
+        return {}, np.stack([view.numpy() for view in drawn])
+
+    def predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        return {"features": np.concatenate([self.predictor(view)[1] for view in pixels.swapaxes(0, 1)], axis=1)}

@@ -145,6 +145,11 @@ def open_run(
     return run
 
 
+def has_run(out_uri: str, verb: str, spec: dict[str, Any]) -> bool:
+    """Whether a run of `spec` was begun."""
+    return _last_number(out_uri, _digest(verb, spec)) > 0
+
+
 def missing_shards(run: Run) -> list[int]:
     """Shards that have no part yet."""
     done = {storage.name(found.uri) for found in published.list_parts(run.uri)}

@@ -45,25 +45,32 @@ class Samples(Protocol):
 
 
 class Features:
-    """Precomputed features of one split, all in memory: float32 (N, F)."""
+    """Precomputed features of one split, all in memory: float32 (V, N, F), of the images as scoring sees them, then of each view.
 
-    def __init__(self, run_uri: str, classes: list[str], split: str):
-        features, targets = [], []
-        for table in published.read_parts(run_uri):
-            _refuse_lost(table)
-            table = table.filter(pc.field("split") == split)
-            column = table["features"].combine_chunks()
-            features.append(torch.from_numpy(column.flatten().to_numpy().reshape(-1, column.type.list_size).copy()))
+    Epochs take them in turn.
+    """
+
+    def __init__(self, run_uri: str, classes: list[str], split: str, *, views_uri: str | None = None):
+        """`views_uri` is the run with the views of the same images."""
+        own, targets = [], []
+        for table in _parts_of(run_uri, split):
+            own.append(_rows_of(table))
             targets.append(_targets(table["label"].to_pylist(), classes))
-        self.features, self.targets = torch.cat(features), torch.cat(targets)
+        self.targets = torch.cat(targets)
+        self.features = torch.cat(own)[None]
+        if views_uri is not None:
+            views = torch.cat([_rows_of(table) for table in _parts_of(views_uri, split)])  # (N, views * F)
+            views = views.unflatten(1, (-1, self.features.shape[2])).transpose(0, 1)
+            self.features = torch.cat([self.features, views])
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def batches(self, indices: Iterable[np.ndarray], *, epoch: int) -> Iterator[Batch]:
+        features = self.features[epoch % len(self.features)]
         for batch in indices:
             index = torch.from_numpy(batch)
-            yield self.features[index], self.targets[index]
+            yield features[index], self.targets[index]
 
 
 class Images:
@@ -167,6 +174,18 @@ class Images:
         if self._digests and hashlib.sha256(data).hexdigest() != self._digests[sample]:
             raise images.ImageError("changed", "another image is there now")
         return data
+
+
+def _parts_of(run_uri: str, split: str) -> Iterator[pa.Table]:
+    """Rows of a run of features, part by part. ValueError if an image was lost."""
+    for table in published.read_parts(run_uri):
+        _refuse_lost(table)
+        yield table.filter(pc.field("split") == split)
+
+
+def _rows_of(table: pa.Table) -> torch.Tensor:
+    column = table["features"].combine_chunks()
+    return torch.from_numpy(column.flatten().to_numpy().reshape(-1, column.type.list_size).copy())
 
 
 def _targets(labels: list[str], classes: list[str]) -> torch.Tensor:

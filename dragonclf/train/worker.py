@@ -28,6 +28,7 @@ class TrainJob(BaseModel):
     run_uri: str
     snapshot: Snapshot
     features_uri: str | None  # published run of features; None trains every layer on images
+    views_uri: str | None  # published run of features of augmented views
     arch: str
     pretrained: str
     backbone_digest: str
@@ -71,8 +72,10 @@ def load_backbone(job: TrainJob) -> nn.Module:
 
 def _features_job(job: TrainJob) -> tuple[nn.Module, Samples, Samples]:
     assert job.features_uri is not None
-    train, valid = (Features(job.features_uri, job.snapshot.info.classes, split) for split in ("train", "valid"))
-    return Head(train.features, len(job.snapshot.info.classes)), train, valid
+    classes = job.snapshot.info.classes
+    train = Features(job.features_uri, classes, "train", views_uri=job.views_uri)
+    valid = Features(job.features_uri, classes, "valid")
+    return Head(train.features.flatten(0, 1), len(classes)), train, valid
 
 
 def _images_job(job: TrainJob) -> tuple[nn.Module, Samples, Samples]:

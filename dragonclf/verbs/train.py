@@ -29,6 +29,7 @@ from dragonclf import session, storage, tracking
 from dragonclf.config import RayConfig, ReadingConfig, TrainConfig
 from dragonclf.data.augment import Augment
 from dragonclf.data.snapshot import Snapshot, open_snapshot, read_rows
+from dragonclf.engine.inference import Views
 from dragonclf.model import bundle, canaries, zoo
 from dragonclf.model.execution import resolve_execution
 from dragonclf.train import checkpoint, features, head, thresholds, worker
@@ -102,14 +103,14 @@ def train(config: TrainConfig) -> TrainSummary:
     transform = zoo.transform_for(backbone, size=config.size, crop_pct=config.crop_pct)
     digest = zoo.backbone_digest(backbone)
     with session.connect(config.address):
+        features_uri, views_uri = _compute_features(
+            config, snapshot, execution=execution, pretrained=source, digest=digest, transform=transform
+        )
         job = worker.TrainJob(
             run_uri=run_uri,
             snapshot=snapshot,
-            features_uri=features.compute(
-                config, snapshot, execution=execution, pretrained=source, digest=digest, transform=transform
-            )
-            if config.precompute
-            else None,
+            features_uri=features_uri,
+            views_uri=views_uri,
             arch=config.arch,
             pretrained=source,
             backbone_digest=digest,
@@ -124,6 +125,17 @@ def train(config: TrainConfig) -> TrainSummary:
         with _followed(config, job.recipe, run_uri, name, args):
             _run_workers(config, job)
     return _finish(config, run_uri, _save_bundle(config, job, args), snapshot)
+
+
+def _compute_features(config: TrainConfig, snapshot: Snapshot, **how: Any) -> tuple[str | None, str | None]:
+    """Runs of the features of the images, and of their augmented views; None for what is not asked for."""
+    if not config.precompute:
+        return None, None
+    own = features.compute(config, snapshot, **how)
+    if not config.views:
+        return own, None
+    views = Views(count=config.views, seed=config.seed, augment=recipe(config).augment)
+    return own, features.compute(config, snapshot, views=views, **how)
 
 
 def recipe(config: TrainConfig) -> Recipe:

@@ -156,22 +156,27 @@ def test_number_of_workers_changes_neither_order_nor_result(data: str, tmp_path:
 
 
 def check_grown(data: str, out: Path, options: list[str]) -> None:
-    """Two photographs more: of them alone features are computed."""
+    """Two photographs more: of them alone features are computed, and then one view of all that are trained on."""
     photos = Path(data).parent / "photos"
     for name, colour in (("blue", (30, 30, 200)), ("red", (200, 30, 30))):
         (photos / name / "new.jpg").write_bytes(encoded(colour=colour, seed=9000))
     grown = commands.result("index", str(photos), "--out", str(out / "grown"))
     assert grown["counts"]["ok"] == 2 * PER_CLASS + 2
     done = commands.run(
-        "train", str(out / "grown"), *options, "--name", "more", "--epochs", "1", "--no-log-model", "--json"
-    )
+        "train", str(out / "grown"), *options, "--name", "more", "--epochs", "2", "--views", "1", "--flips", "both", "--no-log-model",
+        "--json",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert f"features: {2 * PER_CLASS} of {2 * PER_CLASS + 2} images kept of run" in done.stderr
-    [features] = (out / "features").iterdir()
-    run = published.read_latest(str(features))
-    assert published.read_manifest(run).num_kept == 2 * PER_CLASS
-    told = json.loads(storage.get(f"{run}/{job.SUMMARY}"))
+    runs = [published.read_latest(str(folder)) for folder in (out / "features").iterdir()]
+    own, views = sorted(runs, key=lambda run: "views" in published.read_manifest(run).spec)
+    assert published.read_manifest(own).num_kept == 2 * PER_CLASS
+    told = json.loads(storage.get(f"{own}/{job.SUMMARY}"))
     assert (told["images"], told["read_by_this_call"]) == (2 * PER_CLASS + 2, 2)
+    trained_on = {
+        row["uri"] for table in published.read_parts(own) for row in table.to_pylist() if row["split"] == "train"
+    }
+    assert {row["uri"] for table in published.read_parts(views) for row in table.to_pylist()} == trained_on
 
 
 LOADED = """

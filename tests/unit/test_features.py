@@ -1,5 +1,7 @@
-"""Features of images that were seen before are copied for a new snapshot, and no such image is read."""
+"""Features of images that were seen before are copied for a new snapshot; views are what training would see, and come again."""
 
+import dataclasses
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +12,9 @@ import pytest
 from dragonclf import storage
 from dragonclf.config import MAX_IMAGE_BYTES, MAX_PIXELS
 from dragonclf.data import images
-from dragonclf.engine import inference, lease, plan, published, runs
-from dragonclf.engine.pipeline import Limits
+from dragonclf.data.augment import Augment
+from dragonclf.engine import inference, lease, plan, published, reuse, runs
+from dragonclf.engine.pipeline import Limits, Pipeline
 from dragonclf.model import zoo
 from dragonclf.model.execution import Execution
 from dragonclf.model.predictor import Predictor
@@ -59,9 +62,15 @@ def computed(
     spec = {"backbone": task.digest, runs.INPUT: snapshot}
     with lease.Lease(runs.lease_uri(out, "features", spec)) as held:
         run = runs.open_run(out, "features", spec, stage, held=held, since=since)
-    work = task.work(run, 1, 2**40)
+    pipeline = Pipeline(task.open(1), num_threads=1, limits=task.limits)
+
+    def process(rows: pa.Table) -> pa.Table:
+        return reuse.with_input(pipeline.process(rows), rows)
+
+    earlier = reuse.EarlierRows(run.base, same_plan=False) if run.base else None
     for shard in runs.missing_shards(run):
-        table, num_kept = work(shard, plan.read_shard(run.uri, run.plan, shard), False)
+        planned = plan.read_shard(run.uri, run.plan, shard)
+        table, num_kept = earlier.complete(shard, planned, process) if earlier else (process(planned), 0)
         runs.write_part(run, shard, table, num_kept=num_kept)
     manifest = runs.publish(run, fence=1)
     published.point_to(out, manifest)
@@ -103,3 +112,38 @@ def test_a_new_image_that_is_lost_is_a_row_among_those_that_are_kept(photos: lis
     second, after = computed(out, "two", stage, since=first.run)
     assert (second.num_kept, second.counts) == (3, {"ok": 3, "missing": 1})
     np.testing.assert_array_equal(features_of(after)[:3], features_of(before))
+
+
+VIEWS = inference.Views(count=3, seed=5, augment=Augment(crop_scale=0.5, flips="both", policy="trivial", erase=0.3))
+
+
+def of_views(out: str, uris: list[str], views: inference.Views) -> np.ndarray:
+    """float32 (N, V, F)."""
+    task = dataclasses.replace(TASK, views=views)
+    _, rows = computed(out, "one", listed(uris), since=None, task=task)
+    return features_of(rows).reshape(len(uris), views.count, -1)
+
+
+def test_views_are_those_of_training_and_a_function_of_seed_view_and_content(photos: list[str], tmp_path: Path):
+    uris = photos[:5]  # of batches of 4
+    found = of_views(f"{tmp_path}/a", uris, VIEWS)
+    model = Predictor(MODEL, TRANSFORM, F32, batch_size=1)
+    for row, uri in zip(found, uris, strict=True):
+        data = storage.get(uri)
+        image = images.decode(data, min_side=TRANSFORM.min_side)
+        content = int(hashlib.sha256(data).hexdigest()[:16], 16)
+        drawn = [
+            TRANSFORM.for_train(image, seed=5, epoch=view, sample=content, augment=VIEWS.augment) for view in range(3)
+        ]
+        expected = np.concatenate([model(view.numpy()[None])[1] for view in drawn])
+        np.testing.assert_allclose(row, expected, atol=1e-5, rtol=1e-5)
+
+    moved = [f"{tmp_path}/moved-{i}.jpg" for i in range(5)]
+    for old, new in zip(reversed(uris), moved, strict=True):
+        Path(old).rename(new)
+    np.testing.assert_allclose(of_views(f"{tmp_path}/b", moved, VIEWS), found[::-1], atol=1e-5, rtol=1e-5)
+    other = of_views(f"{tmp_path}/c", moved, VIEWS.model_copy(update={"seed": 6}))[::-1]
+    centre = features_of(computed(f"{tmp_path}/d", "one", listed(moved), since=None)[1])[::-1]
+    distinct = np.concatenate([centre[:, None], found, other], axis=1)  # (N, 7, F)
+    for row in distinct:
+        assert len(np.unique(row.round(4), axis=0)) == 7

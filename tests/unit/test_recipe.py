@@ -93,3 +93,22 @@ def test_what_the_head_alone_has_no_use_for_is_refused(option: dict[str, object]
     with pytest.raises(ValueError, match=f"{flag} is for training every layer: add --no-precompute"):
         TrainConfig.model_validate({"data": "d", "out": "o", **option})
     TrainConfig.model_validate({"data": "d", "out": "o", "precompute": False, **option})
+
+
+@pytest.mark.parametrize("option", [{"crop_scale": 0.5}, {"flips": "both"}, {"policy": "trivial"}, {"erase": 0.1}])
+def test_features_are_varied_by_views_alone(option: dict[str, object]):
+    flag, given = f"--{next(iter(option)).replace('_', '-')}", {"data": "d", "out": "o", **option}
+    with pytest.raises(
+        ValueError, match=rf"{flag} varies images, and features are computed of each as it is: add --views"
+    ):
+        TrainConfig.model_validate(given)
+    TrainConfig.model_validate(given | {"views": 2})
+    TrainConfig.model_validate(given | {"precompute": False})
+
+
+def test_views_that_no_epoch_takes_are_refused():
+    given = {"data": "d", "out": "o", "epochs": 3}
+    with pytest.raises(ValueError, match=r"--views 3 is more than 3 epochs take, .* lower it, or raise --epochs"):
+        TrainConfig.model_validate(given | {"views": 3})
+    with pytest.raises(ValueError, match=r"--views is for features, .* leave one out"):
+        TrainConfig.model_validate(given | {"views": 2, "precompute": False})

@@ -65,25 +65,42 @@ def test_predict_and_the_canaries_have_the_pixels_of_training(tmp_path: Path, mo
     assert decoded == [transform.min_side]
 
 
+def features_part(splits: list[str], first: float, *, num_values: int = 3) -> pa.Table:
+    """Rows of a run of features whose values count up from `first`."""
+    values = np.arange(num_values * len(splits), dtype=np.float32) + first
+    return pa.table(
+        {
+            "uri": [f"{first}-{i}" for i in range(len(splits))], "status": ["ok"] * len(splits),
+            "error": pa.nulls(len(splits), pa.string()), "label": ["b"] * len(splits), "split": splits,
+            "features": pa.FixedSizeListArray.from_arrays(pa.array(values), num_values),
+        }
+    )  # fmt: skip
+
+
 def test_features_of_a_part_without_the_split_are_none(monkeypatch: pytest.MonkeyPatch):
     """A snapshot that is ordered by split has such parts."""
-
-    def part(splits: list[str], first: float) -> pa.Table:
-        values = np.arange(3 * len(splits), dtype=np.float32) + first
-        return pa.table(
-            {
-                "uri": [f"{first}-{i}" for i in range(len(splits))], "status": ["ok"] * len(splits),
-                "error": pa.nulls(len(splits), pa.string()),
-                "label": ["b"] * len(splits), "split": splits, "features": pa.FixedSizeListArray.from_arrays(pa.array(values), 3),
-            }
-        )  # fmt: skip
-
-    parts = [part(["valid", "valid"], 0), part(["train"], 10), part(["train", "valid"], 20)]
+    parts = [features_part(["valid", "valid"], 0), features_part(["train"], 10), features_part(["train", "valid"], 20)]
     monkeypatch.setattr(published, "read_parts", lambda uri: iter(parts))
     found = {split: Features("run", ["a", "b"], split) for split in ("train", "valid")}
-    assert found["train"].features.tolist() == [[10, 11, 12], [20, 21, 22]]
-    assert found["valid"].features.tolist() == [[0, 1, 2], [3, 4, 5], [23, 24, 25]]
+    assert found["train"].features.tolist() == [[[10, 11, 12], [20, 21, 22]]]
+    assert found["valid"].features.tolist() == [[[0, 1, 2], [3, 4, 5], [23, 24, 25]]]
     assert found["valid"].targets.tolist() == [1, 1, 1]
+
+
+def test_epochs_take_the_images_own_features_and_those_of_each_view_in_turn(monkeypatch: pytest.MonkeyPatch):
+    parts = {
+        "own": [features_part(["train", "valid"], 0), features_part(["train"], 10)],
+        "views": [features_part(["train"], 100, num_values=6), features_part(["train"], 200, num_values=6)],
+    }
+    monkeypatch.setattr(published, "read_parts", lambda uri: iter(parts[uri]))
+    train = Features("own", ["a", "b"], "train", views_uri="views")
+    assert len(train) == 2
+    assert train.features.tolist() == [
+        [[0, 1, 2], [10, 11, 12]], [[100, 101, 102], [200, 201, 202]], [[103, 104, 105], [203, 204, 205]],
+    ]  # fmt: skip
+    for epoch, wanted in enumerate([10, 200, 203, 10, 200]):
+        batches = train.batches([np.array([1]), np.array([0, 1])], epoch=epoch)
+        assert [inputs[-1, 0].item() for inputs, _ in batches] == [wanted, wanted]
 
 
 @dataclass
