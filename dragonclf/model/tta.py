@@ -70,10 +70,10 @@ def mixed(probs: np.ndarray) -> np.ndarray:
 
 def warn_of_views(info: bundle.BundleInfo, num_views: int) -> None:
     """Say so if the model's training saw nothing like the views."""
-    if num_views and info.config.get("precompute"):
+    if num_views and info.config.get("precompute") and not info.config.get("views"):
         log.warning(
             "tta: this model's head was trained on features of centres and saw no varied view, which can make it worse: compare "
-            "`evaluate` with and without --tta, or train with --no-precompute"
+            "`evaluate` with and without --tta, or train with --views or --no-precompute"
         )
 
 

@@ -184,7 +184,8 @@ def test_views_that_training_never_saw_are_doubted(
 ):
     monkeypatch.setattr(tta.log, "propagate", True)
     of_features = made.info.model_copy(update={"config": {"precompute": True}})
-    for info, num_views in ((made.info, 4), (of_features, 0)):
+    of_views = made.info.model_copy(update={"config": {"precompute": True, "views": 2}})
+    for info, num_views in ((made.info, 4), (of_features, 0), (of_views, 4)):
         tta.warn_of_views(info, num_views)
     assert not caplog.records
     tta.warn_of_views(of_features, 4)
