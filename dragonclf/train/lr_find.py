@@ -9,7 +9,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 
-import matplotlib.figure
 import torch
 from pydantic import BaseModel, Field
 from torch import nn
@@ -118,6 +117,8 @@ def steep(losses: list[float]) -> int:
 
 def plotted(found: Sweep) -> bytes:
     """A PNG of the smoothed loss over the rate, with the suggestions."""
+    import matplotlib.figure  # half a second, and every training worker loads this module
+
     figure = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(found.lrs, found.losses, color="0.8", label="loss")

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import tempfile
 import threading
 import uuid
@@ -47,6 +48,12 @@ ON_CPUS = {
 POLL_S = 1.0
 NO_MEMORY = "due to the node running low on memory"  # Ray's words
 RESIZE_POLL_S = 30.0  # each resizing starts the workers anew
+# How often Ray Train asks its workers how they fare, for which each waits at an epoch's end. Its own 2 s are longer than an epoch on
+# features takes; so one worker is asked each tenth of a second where they are few.
+WORKER_POLL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+WORKER_POLL_S, MOST_WORKER_POLL_S = 0.1, 2.0
+# A process more, seconds to start, that looks out for nodes which a cluster takes away.
+PREEMPTION_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 # Options that change where, how fast or whether a run gets done, and not what it comes to.
 _NOT_RESULTS = {
     "batch_size",
@@ -182,9 +189,25 @@ def _run_workers(config: TrainConfig, job: worker.TrainJob) -> None:
             ),
         )
         try:
-            trainer.fit()
+            with _settings_of_ray_train(config):
+                trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise _cause(error) from error
+
+
+@contextlib.contextmanager
+def _settings_of_ray_train(config: TrainConfig) -> Iterator[None]:
+    """Those that it reads from the environment, unless they are there."""
+    ours = {WORKER_POLL: str(min(MOST_WORKER_POLL_S, WORKER_POLL_S * config.num_workers))}
+    if config.address == session.LOCAL:
+        ours[PREEMPTION_WATCHER] = "0"
+    ours = {name: value for name, value in ours.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            del os.environ[name]
 
 
 class _Trainer(ray.train.torch.TorchTrainer):

@@ -29,27 +29,26 @@ from dragonclf.train.recipe import one_cycle
 from dragonclf.verbs import train
 from tests.conftest import write_folder
 from tests.integration import commands
+from tests.integration.nodes import end_node, start_node
 from tests.integration.s3_proxy import S3Proxy
 
-pytestmark = pytest.mark.slow  # starts Ray, twice or more
+pytestmark = [pytest.mark.alone, pytest.mark.slow]  # starts Ray, twice or more
 
 PER_CLASS = 40
 FEW_EPOCHS, MANY_EPOCHS = 3, 5_000  # many: nodes come and go meanwhile
 
 
 @pytest.fixture(scope="module")
-def photos(s3_server: LocalS3, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_folder(tmp_path_factory.mktemp("cluster") / "photos", per_class=PER_CLASS))
-
-
-@pytest.fixture
-def data(photos: str, s3_env: LocalS3, tmp_path: Path) -> tuple[str, int]:
+def data(s3_server: LocalS3, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, int]:
     """A snapshot of images in a bucket, and how many they are."""
-    for path in Path(photos).rglob("*.jpg"):
-        storage.put(f"s3://photos/elastic/{path.relative_to(photos)}", path.read_bytes())
-    made = commands.result("index", "s3://photos/elastic", "--out", str(tmp_path / "snapshots"))
+    folder = tmp_path_factory.mktemp("cluster")
+    photos, snapshots = write_folder(folder / "photos", per_class=PER_CLASS), str(folder / "snapshots")
+    with s3_server.as_environment():
+        for path in photos.rglob("*.jpg"):
+            storage.put(f"s3://photos/elastic/{path.relative_to(photos)}", path.read_bytes())
+        made = commands.result("index", "s3://photos/elastic", "--out", snapshots)
     assert made["counts"] == {"ok": 2 * PER_CLASS}
-    return str(tmp_path / "snapshots"), 2 * PER_CLASS
+    return snapshots, 2 * PER_CLASS
 
 
 class Nodes:
@@ -66,33 +65,16 @@ class Nodes:
         temporary.mkdir(exist_ok=True)
         return self._start("--address", self.address, "--num-cpus", "1", TMPDIR=str(temporary))
 
-    def remove(self, node: psutil.Process) -> None:
-        """End all of a node's processes at once."""
-        processes = [node, *node.children(recursive=True)]
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(processes)
-
     def close(self) -> None:
         for node in reversed(self._started):
             if node.is_running():
-                self.remove(node)
+                end_node(node)
 
     def _start(self, *arguments: str, **environment: str) -> psutil.Process:
         log = self._folder / f"node-{len(self._started)}.log"
-        with log.open("w") as output:
-            started = psutil.Popen(
-                ["ray", "start", "--block", "--node-ip-address", "127.0.0.1", "--object-store-memory", "100000000", *arguments],
-                env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-        self._started.append(started)
-        deadline = time.monotonic() + 60
-        while "Ray runtime started" not in log.read_text():
-            assert started.is_running(), log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
-        return started
+        options = ["--node-ip-address", "127.0.0.1", "--object-store-memory", "100000000"]
+        self._started.append(start_node(log, *options, *arguments, **environment))
+        return self._started[-1]
 
 
 @pytest.fixture
@@ -104,6 +86,7 @@ def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_proxy: S3Proxy) ->
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30"
     )  # of the group that still counts on the lost node
     monkeypatch.setenv("RAY_health_check_period_ms", "500")  # a lost node is seen in seconds
+    monkeypatch.setenv(train.WORKER_POLL, "2")  # an epoch takes so long: there are few to be replayed
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_proxy.endpoint)  # of all nodes
     made = Nodes(tmp_path)
     yield made
@@ -179,7 +162,7 @@ def test_nodes_come_and_go_and_the_steps_are_the_same(
     run, replayed = str(tmp_path / "runs" / "run"), str(tmp_path / "replayed")
     wait_for_workers(driver, run, 2)
     storage.download(f"{run}/checkpoints/latest.pt", copy_of(replayed))
-    nodes.remove(second)
+    end_node(second)
     wait_for_workers(driver, run, 1)
     nodes.add("two")
     wait_for_workers(driver, run, 2)
