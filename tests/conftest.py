@@ -1,6 +1,8 @@
 """Fixtures: a real S3 server, small real images."""
 
 import io
+import logging
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,12 +14,28 @@ from dragonclf.demo.local_s3 import LocalS3
 from dragonclf.storage import s3
 
 
+def pytest_configure() -> None:
+    """Tests send Ctrl-C, which what a shell starts in the background ignores, with all that it starts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Converted models are kept for the tests alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    """A command that was run in this process leaves its log and its handler of SIGTERM to no other test."""
+    log, handler = logging.getLogger("dragonclf"), signal.getsignal(signal.SIGTERM)
+    handlers, level, propagate = log.handlers, log.level, log.propagate
+    yield
+    log.handlers, log.propagate = handlers, propagate
+    log.setLevel(level)
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="session")

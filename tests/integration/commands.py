@@ -1,4 +1,4 @@
-"""Run dragonclf's commands as a user does, in processes of their own."""
+"""Run dragonclf's commands as a user does, in processes of their own, or `here`."""
 
 import json
 import os
@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pytest
+from typer.testing import CliRunner, Result
 
-from dragonclf import storage
+from dragonclf import cli, storage
 from dragonclf.data import tables
+from dragonclf.storage import s3
+from tests.conftest import use_identity
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "dragonclf"]
@@ -31,6 +35,36 @@ def result(*arguments: str, env: dict[str, str] | None = None, cwd: Path | None 
     done = run(*arguments, "--json", env=env, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def here(*arguments: str, env: dict[str, str] | None = None) -> Result:
+    """Run a command in this process, by the Ray that it is connected to if the command needs one: this saves their starts."""
+    handlers = cli.log.handlers
+    with pytest.MonkeyPatch.context() as patch:
+        use_identity(env or {}, patch)
+        done = CliRunner().invoke(cli.app, arguments)
+    s3.forget_clients()
+    cli.log.handlers = handlers  # its own writes to what it printed to
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def result_here(*arguments: str) -> dict[str, Any]:
+    """Run `here` a command with --json that must succeed; return its result."""
+    done = here(*arguments, "--json")
+    assert done.exit_code == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def fails(*arguments: str, code: int, env: dict[str, str] | None = None) -> str:
+    """Run `here` a command that must fail with `code`; return its one line."""
+    done = here(*arguments, env=env)
+    assert (done.exit_code, done.stdout) == (code, ""), done.output
+    lines = done.stderr.splitlines()
+    [line] = [line for line in lines if line.startswith("dragonclf: error: ")]
+    assert lines[-1] == line
+    return line
 
 
 def start(*arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None) -> subprocess.Popen[str]:

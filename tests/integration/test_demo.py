@@ -14,7 +14,7 @@ import pytest
 
 from tests.integration import commands
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.alone, pytest.mark.slow]
 
 
 def wait_for_line(process: subprocess.Popen[str], wanted: str, *, seconds: float) -> None:
@@ -35,7 +35,7 @@ def wait_for_line(process: subprocess.Popen[str], wanted: str, *, seconds: float
 def test_nothing_outlives_the_demo(number: signal.Signals, tmp_path: Path):
     temporary = Path(tempfile.mkdtemp(prefix="d-"))  # short: Ray's sockets lie in it
     env = {"TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"}
-    process = commands.start("demo", "--out", str(tmp_path / "run"), "--limit", "300", env=env)
+    process = commands.start("demo", "--out", str(tmp_path / "run"), "--limit", "100", env=env)
     wait_for_line(process, "dragonclf train", seconds=100)
     time.sleep(2)
     children = psutil.Process(process.pid).children(recursive=True)

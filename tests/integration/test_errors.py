@@ -8,22 +8,11 @@ from dragonclf import storage
 from dragonclf.demo.local_s3 import LocalS3
 from tests.conftest import encoded, write_folder
 from tests.integration import commands
-from tests.integration.commands import upload
+from tests.integration.commands import fails, upload
 
 pytestmark = pytest.mark.slow
 
 USAGE, STORAGE = 2, 3
-
-
-def fails(*arguments: str, code: int, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
-    """Run a command that must fail with `code`; return its one line."""
-    done = commands.run(*arguments, env=env, cwd=cwd)
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("dragonclf: error: ")]
-    assert done.stderr.splitlines()[-1] == line
-    return line
 
 
 @pytest.fixture
@@ -88,7 +77,10 @@ def test_one_class_only(tmp_path: Path):
 
 def test_class_without_a_validation_image(photos: Path, tmp_path: Path):
     out = tmp_path / "out"
-    line = fails("index", str(photos), "--out", str(out), "--valid-fraction", "0.000001", code=USAGE)
+    done = commands.run("index", str(photos), "--out", str(out), "--valid-fraction", "0.000001")
+    assert (done.returncode, done.stdout, "Traceback" in done.stderr) == (USAGE, "", False), done.stderr
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("dragonclf: error: ")]
+    assert done.stderr.splitlines()[-1] == line
     assert "class 'blue' has no validation image" in line
     assert not (out / "snapshots").exists()
 
@@ -128,11 +120,12 @@ def test_missing_weights(tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
-def test_options(tmp_path: Path):
+def test_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
     assert "--lr: Input should be greater than 0 (given: '-1'); --lr: Input should be 'auto' (given: '-1')" in fails(
-        "train", "x", "--out", "y", "--lr", "-1", code=USAGE, cwd=tmp_path
+        "train", "x", "--out", "y", "--lr", "-1", code=USAGE
     )
-    assert "gs:// is not supported" in fails("index", "gs://b/x", "--out", "y", code=USAGE, cwd=tmp_path)
+    assert "gs:// is not supported" in fails("index", "gs://b/x", "--out", "y", code=USAGE)
     assert list(tmp_path.iterdir()) == []
 
 

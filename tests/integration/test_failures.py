@@ -36,6 +36,7 @@ from tests.integration.conftest import save_random_head
 from tests.integration.s3_proxy import Faults, S3Proxy
 
 pytestmark = [
+    pytest.mark.alone,
     pytest.mark.slow,  # each runs a whole scoring job or two, 10 to 40 s
     pytest.mark.filterwarnings("ignore"),  # Ray's own, in this process
 ]
@@ -363,9 +364,8 @@ def test_too_many_errors_are_published_and_not_made_the_latest(small_bundle: str
     upload(
         "s3://photos/errors", {f"{i}.jpg": encoded(seed=i) for i in range(6)} | {f"{i}.txt": b"text" for i in range(4)}
     )
-    command = ["score", small_bundle, "s3://photos/errors", "--out", str(tmp_path / "out")]
-    done = commands.run(*command, "--json")
-    assert done.returncode == 5, done.stderr
+    done = commands.here("score", small_bundle, "s3://photos/errors", "--out", str(tmp_path / "out"), "--json")
+    assert done.exit_code == 5, done.stderr
     assert re.search(
         r"4 of 10 images have no result \(4 unsupported\), more than --max-error-rate 0.2 allows", done.stderr
     )

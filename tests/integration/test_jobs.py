@@ -3,8 +3,10 @@
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,23 +15,24 @@ import pytest
 from tests.conftest import write_folder
 from tests.integration.commands import ROOT
 from tests.integration.conftest import save_random_head
+from tests.integration.nodes import end_node, start_node
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
-
-RAY = str(Path(sys.executable).with_name("ray"))
 
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A head node on loopback; the variables that let a job in."""
-    env = os.environ | {
+    """A head node on loopback, with a temporary folder of its own, where jobs find it; the variables that let a job in."""
+    temporary = tempfile.mkdtemp(prefix="d-")  # short: Ray's sockets lie in it
+    variables = {
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "HOME": str(tmp_path),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "HOME": str(tmp_path), "RAY_TMPDIR": temporary,
     }  # fmt: skip
-    head = [RAY, "start", "--head", "--port=0", "--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats"]
-    subprocess.run(head, env=env, check=True, capture_output=True, timeout=120)
-    yield env
-    subprocess.run([RAY, "stop", "--force"], env=env, check=True, capture_output=True, timeout=120)
+    options = ["--head", "--port=0", "--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats"]
+    head = start_node(tmp_path / "head.log", *options, **variables)
+    yield os.environ | variables
+    end_node(head)
+    shutil.rmtree(temporary)
 
 
 def test_jobs_join_the_cluster_and_end_in_one_json_line(cluster: dict[str, str], tmp_path: Path):

@@ -21,7 +21,7 @@ from tests.integration.commands import frame_of, only_run, upload, uris_of, wait
 from tests.integration.conftest import save_random_head
 from tests.integration.s3_proxy import S3Proxy
 
-pytestmark = pytest.mark.slow  # each kills and restarts whole scoring jobs, 30 to 90 s
+pytestmark = [pytest.mark.alone, pytest.mark.slow]  # each kills and restarts whole scoring jobs, 30 to 90 s
 
 NUM_IMAGES, SHARD_IMAGES = 200, 10
 IN_FLIGHT = 2 * SHARD_IMAGES  # one actor, two shards

@@ -55,7 +55,7 @@ def test_parts_read_anywhere_and_an_unchanged_bucket_is_not_scored_again(
     }  # fmt: skip
     assert by_pandas.loc[by_pandas["status"] != "ok", ["label", "confidence", "prob_blue"]].isna().all(axis=None)
 
-    again = commands.result(*options)
+    again = commands.result_here(*options)
     assert again["run"] == first["run"]
     assert again["images_per_s"] is None
     storage.put("s3://photos/odd/new.jpg", encoded(seed=1000))

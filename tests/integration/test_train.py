@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 
-from dragonclf import storage
+from dragonclf import session, storage
 from dragonclf.engine import job, published
 from dragonclf.model import bundle, zoo
 from dragonclf.train import checkpoint, head
@@ -31,6 +31,13 @@ pytestmark = pytest.mark.slow
 EPOCHS = 3
 PER_CLASS = 150  # images: enough that a temperature is fitted
 KILLS = int(os.environ.get("DRAGONCLF_TEST_KILLS", "2"))  # each costs a start of the workers, about 10 s
+
+
+@pytest.fixture
+def local_ray() -> Iterator[None]:
+    """A Ray of this process, for the commands that are run here."""
+    with session.connect(session.LOCAL):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +117,19 @@ def training_workers(pid: int) -> list[psutil.Process]:
 
 
 @pytest.mark.filterwarnings("ignore")  # MLflow's own, in this process
-def test_number_of_workers_changes_neither_order_nor_result(data: str, tmp_path: Path):
-    options = ["--out", str(tmp_path), "--size", "64", "--mlflow-uri", f"sqlite:///{tmp_path}/mlflow.db", "--min-precision", "0.9"]
-    one = commands.result("train", data, *options, "--name", "one", "--num-workers", "1")
-    two = commands.result("train", data, *options, "--name", "two", "--num-workers", "2")
+def test_number_of_workers_changes_neither_order_nor_result(data: str, local_ray: None, tmp_path: Path):
+    options = [
+        "--out",
+        str(tmp_path),
+        "--size",
+        "64",
+        "--mlflow-uri",
+        f"sqlite:///{tmp_path}/mlflow.db",
+        "--min-precision",
+        "0.9",
+    ]
+    one = commands.result_here("train", data, *options, "--name", "one", "--num-workers", "1")
+    two = commands.result_here("train", data, *options, "--name", "two", "--num-workers", "2")
     assert [row["epoch"] for row in history(one["run"])] == [1, 2, 3]
     for a, b in zip(history(one["run"]), history(two["run"]), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
@@ -139,17 +155,15 @@ def test_number_of_workers_changes_neither_order_nor_result(data: str, tmp_path:
 
     check_grown(data, tmp_path, options)
 
-    again = commands.run("train", data, *options, "--name", "two", "--num-workers", "1", "--json")
-    assert again.returncode == 0
+    again = commands.here("train", data, *options, "--name", "two", "--num-workers", "1", "--json")
+    assert again.exit_code == 0
     assert "nothing to do" in again.stderr
-    other = commands.run("train", data, *options, "--name", "two", "--epochs", "5")
-    assert other.returncode == 2
-    assert "other options" in other.stderr
+    assert "other options" in commands.fails("train", data, *options, "--name", "two", "--epochs", "5", code=2)
 
-    seen = commands.run(
+    seen = commands.here(
         "predict", one["model"], str(_first(data, "blue")), str(_first(data, "red")), str(tmp_path / "none.jpg")
     )
-    assert seen.returncode == 1  # one image has no prediction; the others have theirs
+    assert seen.exit_code == 1  # one image has no prediction; the others have theirs
     lines = [line.split() for line in seen.stdout.splitlines() if ".jpg" in line]
     assert [line[1:3] for line in lines[:2]] == [["ok", "blue"], ["ok", "red"]]
     assert "missing" in seen.stdout
@@ -160,13 +174,13 @@ def check_grown(data: str, out: Path, options: list[str]) -> None:
     photos = Path(data).parent / "photos"
     for name, colour in (("blue", (30, 30, 200)), ("red", (200, 30, 30))):
         (photos / name / "new.jpg").write_bytes(encoded(colour=colour, seed=9000))
-    grown = commands.result("index", str(photos), "--out", str(out / "grown"))
+    grown = commands.result_here("index", str(photos), "--out", str(out / "grown"))
     assert grown["counts"]["ok"] == 2 * PER_CLASS + 2
-    done = commands.run(
+    done = commands.here(
         "train", str(out / "grown"), *options, "--name", "more", "--epochs", "2", "--views", "1", "--flips", "both", "--no-log-model",
         "--json",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert f"features: {2 * PER_CLASS} of {2 * PER_CLASS + 2} images kept of run" in done.stderr
     runs = [published.read_latest(str(folder)) for folder in (out / "features").iterdir()]
     own, views = sorted(runs, key=lambda run: "views" in published.read_manifest(run).spec)
@@ -202,7 +216,7 @@ def check_mlflow(uri: str, trained: dict[str, Any], paths: list[str]) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    expected = commands.result("predict", trained["model"], *paths)["predictions"]
+    expected = commands.result_here("predict", trained["model"], *paths)["predictions"]
     for kind, status in (("uri", "missing"), ("image", "unsupported")):
         *rows, last = found[kind]
         assert last["status"] == status

@@ -10,7 +10,6 @@ import pytest
 import scipy.optimize
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
 
@@ -18,6 +17,7 @@ from dragonclf.train import calibration, loop
 from dragonclf.train.calibration import HOTTEST, MIN_IMAGES, calibrate
 from dragonclf.train.data import Batch
 from dragonclf.train.recipe import Recipe
+from tests.processes import run_in_processes
 
 
 def too_sure(count: int, *, num_classes: int, by: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,7 +51,7 @@ def test_the_temperature_has_the_least_cross_entropy(num_classes: int, by: float
 
 def test_workers_find_together_what_one_finds(tmp_path: Path):
     """Three processes; the last has no image."""
-    mp.spawn(_share, args=(str(tmp_path / "meeting"), str(tmp_path)), nprocs=3)  # pyright: ignore[reportPrivateImportUsage]
+    run_in_processes(_share, str(tmp_path / "meeting"), str(tmp_path), count=3)
     alone_found = calibrate(*too_sure(500, num_classes=3, by=2.0), alone)
     for rank in range(3):
         found = json.loads((tmp_path / f"{rank}.json").read_text())

@@ -14,13 +14,19 @@ from tests.conftest import encoded
 MIB = 2**20
 
 
-@pytest.fixture
-def decoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[isolated.Decoder]:
-    for name, value in codec.ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
+@pytest.fixture(scope="module")
+def shared() -> Iterator[isolated.Decoder]:
+    """Started for all tests, and again by those that kill it: a start takes seconds."""
     made = isolated.Decoder(max_pixels=10_000, max_bytes=512 * MIB, max_s=4.0)
     yield made
     made.close()
+
+
+@pytest.fixture
+def decoder(shared: isolated.Decoder, monkeypatch: pytest.MonkeyPatch) -> isolated.Decoder:
+    for name, value in codec.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    return shared
 
 
 def test_pixels_and_errors_are_those_of_decode(decoder: isolated.Decoder):
@@ -89,11 +95,11 @@ def test_what_fits_the_memory_is_decoded(decoder: isolated.Decoder):
 
 def test_what_does_not_fit_a_share_is_decoded_alone(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PYTHONPATH", codec.ENVIRONMENT["PYTHONPATH"])
-    shared = isolated.Decoder(max_bytes=1024 * MIB, max_s=20.0, share=8)
+    one_of_eight = isolated.Decoder(max_bytes=1024 * MIB, max_s=20.0, share=8)
     with pytest.raises(isolated._CrashError, match="needs more than 64 MiB"):
-        shared._read(codec.picture("eat", mib=128), None, shared._first_bytes)
-    assert shared.read(codec.picture("eat", mib=128)).pixels.shape == (3, 30, 40)
-    shared.close()
+        one_of_eight._read(codec.picture("eat", mib=128), None, one_of_eight._first_bytes)
+    assert one_of_eight.read(codec.picture("eat", mib=128)).pixels.shape == (3, 30, 40)
+    one_of_eight.close()
 
 
 def test_a_large_picture_leaves_the_next_one_all_the_memory():
@@ -103,14 +109,16 @@ def test_a_large_picture_leaves_the_next_one_all_the_memory():
     roomy.close()
 
 
-def test_a_child_that_hangs_ends_when_its_parent_is_gone(decoder: isolated.Decoder):
-    hung = codec.picture("hang")
+def test_a_child_that_hangs_ends_when_its_parent_is_gone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PYTHONPATH", codec.ENVIRONMENT["PYTHONPATH"])
+    hung, quick = codec.picture("hang"), isolated.Decoder(max_bytes=512 * MIB, max_s=1.0)
     with pytest.raises(images.ImageError, match="timeout"):
-        decoder.read(hung)
-    child = decoder._started(64 * MIB)
+        quick.read(hung)
+    child = quick._started(64 * MIB)
     assert child.stdin is not None
     isolated._send(child.stdin, {"min_side": None}, hung)  # and nobody waits for the answer
     assert child.wait(timeout=20) == -signal.SIGALRM
+    quick.close()
 
 
 def test_a_decoder_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch):

@@ -10,7 +10,6 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from dragonclf import storage
@@ -20,6 +19,7 @@ from dragonclf.train import checkpoint, group, loop
 from dragonclf.train.data import Batch
 from dragonclf.train.head import Head, folded
 from dragonclf.train.recipe import Recipe
+from tests.processes import run_in_processes
 
 RECIPE = Recipe(epochs=4, lr=0.05, weight_decay=0.01, global_batch_size=16, seed=0)
 
@@ -344,7 +344,7 @@ def _trace(recipe: Recipe, run_uri: str, *, rank: int = 0, world_size: int = 1) 
 def test_two_workers_train_all_layers_as_one_that_accumulates(tmp_path: Path):
     """Each step's loss, each epoch's figures, and the weights."""
     two, one = str(tmp_path / "two"), str(tmp_path / "one")
-    mp.spawn(_of_two, args=(two, str(tmp_path / "meeting")), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    run_in_processes(_of_two, two, str(tmp_path / "meeting"), count=2)
     alone = _trace(TWENTY_STEPS, one)
     shared = [json.loads(Path(f"{two}-losses-{rank}.json").read_text()) for rank in (0, 1)]
     assert len(alone) == len(shared[0]) >= 20
@@ -390,4 +390,4 @@ def _disagree(rank: int, run_uri: str, meeting: str) -> None:
 def test_workers_start_from_one_checkpoint_or_not_at_all(tmp_path: Path):
     with checkpoint.Writer(str(tmp_path)) as writer:
         writer.save({"epoch": 7, "model": {}, "history": [], "curve": []})
-    mp.spawn(_disagree, args=(str(tmp_path), str(tmp_path / "meeting")), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    run_in_processes(_disagree, str(tmp_path), str(tmp_path / "meeting"), count=2)

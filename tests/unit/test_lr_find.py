@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from dragonclf.train import lr_find
+from tests.processes import run_in_processes
 from tests.unit.test_loop import ALL_LAYERS, PICTURES, RECIPE, TRAIN, Points, network
 
 ALONE: dict[str, Any] = {"rank": 0, "world_size": 1, "device": torch.device("cpu"), "wrap": lambda model: model}
@@ -88,7 +88,7 @@ def _swept(rank: int, folder: str, meeting: str) -> None:
 
 
 def test_two_workers_find_what_one_does(tmp_path: Path):
-    mp.spawn(_swept, args=(str(tmp_path), str(tmp_path / "meeting")), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    run_in_processes(_swept, str(tmp_path), str(tmp_path / "meeting"), count=2)
     first, second = (lr_find.Sweep.model_validate_json((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     alone = lr_find.sweep(network(drop_rate=0.0), PICTURES, SWEPT, **ALONE)

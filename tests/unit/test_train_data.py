@@ -26,17 +26,18 @@ MODEL, SIZE = "test_resnet.r160_in1k", 64
 F32 = Execution(runtime="torch", device="cpu", precision="f32")
 
 
-@pytest.mark.parametrize("size", [(50, 40), (150, 130), (700, 500), (500, 1100)])
-def test_training_and_scoring_have_the_same_pixels(size: tuple[int, int], tmp_path: Path):
-    uri = f"{tmp_path}/one.jpg"
-    Path(uri).write_bytes(encoded(size=size))
+def test_training_and_scoring_have_the_same_pixels(tmp_path: Path):
+    sizes = [(50, 40), (150, 130), (700, 500), (500, 1100)]
+    uris = [f"{tmp_path}/{i}.jpg" for i in range(len(sizes))]
+    for uri, size in zip(uris, sizes, strict=True):
+        Path(uri).write_bytes(encoded(size=size))
     model = timm.create_model(MODEL, pretrained=False, num_classes=2)
     transform = zoo.transform_for(model, size=SIZE)
     assert transform.min_side == 2 * transform.short_side
-    samples = Images(pa.table({"uri": [uri], "label": ["a"]}), ["a", "b"], transform, num_threads=1)
-    ((trained, _),) = samples.batches([np.zeros(1, np.int64)], epoch=0)
-    seen = spied_on(FeatureWorker(Predictor(model, transform, F32, batch_size=1)))
-    planned = pa.table({"uri": [uri], "etag": pa.nulls(1, pa.string()), "size": pa.nulls(1, pa.int64())})
+    samples = Images(pa.table({"uri": uris, "label": ["a"] * 4}), ["a", "b"], transform, num_threads=1)
+    ((trained, _),) = samples.batches([np.arange(4)], epoch=0)
+    seen = spied_on(FeatureWorker(Predictor(model, transform, F32, batch_size=4)))
+    planned = pa.table({"uri": uris, "etag": pa.nulls(4, pa.string()), "size": pa.nulls(4, pa.int64())})
     pipeline = Pipeline(seen.worker, num_threads=1, limits=Limits(MAX_IMAGE_BYTES, MAX_PIXELS, 60))
     for isolate in (False, True):
         pipeline.process(planned, isolate=isolate)
@@ -115,7 +116,7 @@ def spied_on(worker: FeatureWorker) -> Seen:
 
     def predict(pixels: np.ndarray) -> dict[str, np.ndarray]:
         seen.pixels.append(pixels.copy())
-        return {"features": np.zeros((1, 1), np.float32)}
+        return {"features": np.zeros((len(pixels), 1), np.float32)}
 
     worker.predict = predict
     return seen
