@@ -150,8 +150,8 @@ class ViewsConfig(Config):
         default=0,
         ge=0,
         le=64,
-        description="Test-time augmentation: look at each image N times more, varied as in training, and take a quarter of the "
-        "probabilities from the centre and three quarters from the mean of these views. Takes N + 1 times as long.",
+        description="Test-time augmentation: look at each image N times more, varied as in training (mirrored, for a head trained on "
+        "features); a quarter of the probabilities is of the centre, the rest of the mean of these views. Takes N + 1 times as long.",
     )
 
 

@@ -75,7 +75,7 @@ class BundleInfo(BaseModel):
 
     @property
     def augment(self) -> Augment:
-        """How its training varied images; the usual way, if it saw none because it was trained on features."""
+        """How its training varied images, or would have, had it seen images and not features."""
         return Augment.model_validate({key: self.config[key] for key in Augment.model_fields if key in self.config})
 
 

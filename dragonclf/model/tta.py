@@ -1,21 +1,18 @@
 """Test-time augmentation: probabilities of several views of an image, the centre that evaluation crops and others varied as in training.
 
 The mixture is fastai's (`Learner.tta`, https://docs.fast.ai/learner.html#learner.tta), which also takes its views from the transform of
-training. Here they are drawn from the image's own bytes: the same image has the same views wherever and whenever it is looked at.
+training. Here they are drawn from the image's own bytes: the same image has the same views wherever and whenever it is looked at. A head
+that was trained on features saw no crop but the centre, and other crops make it worse (docs/quality.md): its views are that one, mirrored.
 """
 
 import hashlib
-import logging
 
 import numpy as np
 import torch
 
-from dragonclf.data.augment import Augment
 from dragonclf.model import bundle
 from dragonclf.model.execution import Execution
 from dragonclf.model.predictor import Predictor, softmax
-
-log = logging.getLogger("dragonclf")
 
 BETA = 0.25  # what the centre counts
 
@@ -26,8 +23,11 @@ class TtaPredictor:
     A batch holds so few images that its views are about a batch of the predictor, and never fewer than one image.
     """
 
-    def __init__(self, predictor: Predictor, augment: Augment, *, num_views: int):
-        self._predictor, self._augment, self._num_views = predictor, augment, num_views
+    def __init__(self, predictor: Predictor, info: bundle.BundleInfo, *, num_views: int):
+        """`info` is the model's."""
+        self._predictor, self._num_views = predictor, num_views
+        self._augment = info.augment
+        self._crops = bool(not info.config.get("precompute") or info.config.get("views"))
         self.transform, self.num_features = predictor.transform, predictor.num_features
         self.batch_size = max(1, predictor.batch_size // (1 + num_views))  # images
 
@@ -41,15 +41,18 @@ class TtaPredictor:
 
         A function of `data`. Whoever decodes must let `transform.min_side` pixels stand, as for evaluation.
         """
-        centre = self.transform.for_eval(image).numpy()
+        centre = self.transform.for_eval(image)
         if not self._num_views:
-            return centre[None]
+            return centre.numpy()[None]
         found = self.new_batch(1)[0]
-        found[0] = centre
+        found[0] = centre.numpy()
         content = int.from_bytes(hashlib.sha256(data).digest())
         for number in range(self._num_views):
             draw = np.random.default_rng((content, number))
-            found[1 + number] = self.transform.varied(image, draw, self._augment).numpy()
+            view = (
+                self.transform.varied(image, draw, self._augment) if self._crops else self._augment.vary(centre, draw)
+            )
+            found[1 + number] = view.numpy()
         return found
 
     def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -68,19 +71,10 @@ def mixed(probs: np.ndarray) -> np.ndarray:
     return (BETA * views[:, 0] + (1 - BETA) * views[:, 1:].mean(axis=1)).astype(np.float32)
 
 
-def warn_of_views(info: bundle.BundleInfo, num_views: int) -> None:
-    """Say so if the model's training saw nothing like the views."""
-    if num_views and info.config.get("precompute") and not info.config.get("views"):
-        log.warning(
-            "tta: this model's head was trained on features of centres and saw no varied view, which can make it worse: compare "
-            "`evaluate` with and without --tta, or train with --views or --no-precompute"
-        )
-
-
 def open_predictor(
     loaded: bundle.Bundle, execution: Execution, *, num_views: int, batch_size: int = 32, num_threads: int = 1
 ) -> TtaPredictor:
     """`bundle.open_predictor`, for batches of whole images of up to `batch_size` views."""
     whole = max(1, batch_size // (1 + num_views)) * (1 + num_views)
     predictor = bundle.open_predictor(loaded, execution, batch_size=min(batch_size, whole), num_threads=num_threads)
-    return TtaPredictor(predictor, loaded.info.augment, num_views=num_views)
+    return TtaPredictor(predictor, loaded.info, num_views=num_views)

@@ -47,7 +47,6 @@ def predict(config: PredictConfig) -> PredictSummary:
     loaded = bundle.load_bundle(config.model)
     f32 = resolve_execution(config.runtime, config.device, "f32", has_gpu=torch.cuda.is_available())
     execution = precision.choose(loaded.uri, loaded.version, f32, config.precision)
-    tta.warn_of_views(loaded.info, config.tta)
     predictor = tta.open_predictor(
         loaded, execution, num_views=config.tta, num_threads=torch.get_num_threads(),
         batch_size=min(config.batch_size, len(config.images) * (1 + config.tta)),

@@ -92,7 +92,6 @@ def score_task(
         raise ValueError(
             f"--embeddings are kept in f32 only, and the precision is {execution.precision}: use --precision f32"
         )
-    tta.warn_of_views(loaded.info, config.tta)
     limits = Limits(config.max_image_bytes, config.max_pixels, config.max_image_s)
     return inference.ScoreTask(
         execution, config.batch_size, limits, loaded.uri, loaded.version, embeddings, layout, config.tta

@@ -179,17 +179,19 @@ def test_a_model_that_says_nothing_of_its_training_has_the_usual_views(made: bun
     assert made.info.model_copy(update={"config": {"lr": 0.1}}).augment == Augment()
 
 
-def test_views_that_training_never_saw_are_doubted(
-    made: bundle.Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
-    monkeypatch.setattr(tta.log, "propagate", True)
-    of_features = made.info.model_copy(update={"config": {"precompute": True}})
-    of_views = made.info.model_copy(update={"config": {"precompute": True, "views": 2}})
-    for info, num_views in ((made.info, 4), (of_features, 0), (of_views, 4)):
-        tta.warn_of_views(info, num_views)
-    assert not caplog.records
-    tta.warn_of_views(of_features, 4)
-    assert "saw no varied view, which can make it worse: compare `evaluate` with and without --tta" in caplog.text
+def test_a_head_that_was_trained_on_features_sees_the_centre_and_its_mirror(made: bundle.Bundle):
+    info = made.info.model_copy(update={"config": {"precompute": True, "crop_scale": 0.35, "flips": "horizontal"}})
+    predictor = tta.TtaPredictor(bundle.open_predictor(made, TORCH, batch_size=1), info, num_views=20)
+    data = encoded(size=(90, 70))
+    centre, *views = predictor.views(data, decode(data))
+    mirrored = [np.array_equal(view, centre[..., ::-1]) for view in views]
+    assert all(is_mirrored or np.array_equal(view, centre) for is_mirrored, view in zip(mirrored, views, strict=True))
+    assert 4 <= sum(mirrored) <= 16
+    of_views = info.model_copy(update={"config": info.config | {"views": 3}})
+    _, *views = tta.TtaPredictor(bundle.open_predictor(made, TORCH, batch_size=1), of_views, num_views=20).views(
+        data, decode(data)
+    )
+    assert not any(np.array_equal(view, centre) or np.array_equal(view, centre[..., ::-1]) for view in views)
 
 
 def test_only_runs_with_views_tell_of_them(made: bundle.Bundle):
