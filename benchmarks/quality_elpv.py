@@ -3,11 +3,11 @@
     python benchmarks/quality_elpv.py --out results [--systems ours,fastai] [--seeds 0,1,2] [--inner] [--option lr=0.0005 ...]
 
 elpv's 2,624 photographs, 75 % to train on and 25 % to test, stratified, one split a seed. A tenth of the 75 % is kept from training in
-both, for the temperature. 10 epochs: the head alone in the first, then all layers. `--inner` splits the 75 % once more in the same way and
-never looks at the test images: recipes are chosen there. Each (system, seed) is one process that writes one JSON file, so a stopped
-benchmark goes on where it was; the table is printed from the files. fastai 2.8 has to be importable, and is given what makes a CPU fast
-here (see `ON_CPUS`); its recipe is `fine_tune(9)` as it comes, with flips both ways. Seconds are of a process's processors, so
-that they bear other work on the machine. Needs the extra `demo`; hours on a few cores.
+both, for the temperature. 10 epochs by the recipe elpv-finetune: the head alone in the first, then all layers. `--inner` splits the 75 %
+once more in the same way and never looks at the test images: recipes are chosen there. Each (system, seed) is one process that writes one
+JSON file, so a stopped benchmark goes on where it was; the table is printed from the files. fastai 2.8 has to be importable, and is given
+what makes a CPU fast here (see `ON_CPUS`); its recipe is `fine_tune(9)` as it comes, with flips both ways. Seconds are of a process's
+processors, so that they bear other work on the machine. Needs the extra `demo`; hours on a few cores.
 """
 
 import argparse
@@ -31,14 +31,12 @@ import torch
 from score_model import CLASSES, labelled
 from sklearn.model_selection import train_test_split
 
+from dragonclf.config import TrainConfig, recipes
 from dragonclf.evaluate.metrics import classification_metrics
-from dragonclf.verbs.train import ON_CPUS
+from dragonclf.verbs.train_workers import ON_CPUS
 
-ARCH, EPOCHS, SIZE = "tf_efficientnet_lite0", 10, 224
-RECIPE: dict[str, Any] = {
-    "freeze_epochs": 1, "epochs": EPOCHS - 1, "lr": 2e-3, "global_batch_size": 64, "accumulate": 4, "flips": "both", "crop_pct": 1.0,
-    "crop_scale": 0.8, "weight_decay": 0.05,
-}  # fmt: skip
+RECIPE = recipes.read("elpv-finetune", TrainConfig.model_fields).train
+ARCH, EPOCHS, SIZE = RECIPE["arch"], RECIPE["freeze_epochs"] + RECIPE["epochs"], RECIPE["size"]
 
 
 def frame(seed: int, *, inner: bool) -> pd.DataFrame:
@@ -68,9 +66,8 @@ def ours(table: pd.DataFrame, seed: int, options: dict[str, Any], folder: str) -
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
     data = ImageData.from_folder(manifest, size=SIZE, out=folder)
     recipe = RECIPE | {"seed": seed, "log_model": False} | options
-    learner = Learner(
-        ARCH, data, precompute=False, out=folder, **{k: v for k, v in recipe.items() if k not in ("lr", "epochs")}
-    )
+    others = {name: value for name, value in recipe.items() if name not in ("arch", "size", "lr", "epochs")}
+    learner = Learner(ARCH, data, out=folder, **others)
     trained = learner.fit(recipe["lr"], recipe["epochs"])
     return learner.predict(split="test"), bundle.load_bundle(trained.model).info.temperature
 

@@ -156,11 +156,13 @@ def configure_logging(*, debug: bool) -> None:
 
 
 def _command(verb: Verb, *, as_job: bool) -> Callable[..., None]:
-    def run(json_output: bool, debug: bool, **values: Any) -> None:
+    defaults = {"address": "auto"} if as_job else {}
+
+    def run(context: typer.Context, json_output: bool, debug: bool, **values: Any) -> None:
         configure_logging(debug=debug)
 
         def action() -> int:
-            chosen = verb.config.model_validate(values)
+            chosen = verb.config.model_validate(options.given(context, values, defaults=defaults))
             module, _, function = verb.function.partition(":")
             summary = getattr(importlib.import_module(module), function)(chosen)
             summary = getattr(summary, "info", summary)
@@ -176,7 +178,8 @@ def _command(verb: Verb, *, as_job: bool) -> Callable[..., None]:
         ("json_output", typer.Option("--json", help="Print the result as one JSON object."), False),
         ("debug", typer.Option("--debug", help="Show tracebacks, and the logs of Ray and its workers."), False),
     ]
-    signature = options.parameters(verb.config, defaults={"address": "auto"} if as_job else None) + [
+    signature = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+    signature += options.parameters(verb.config, defaults=defaults) + [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[bool, info])
         for name, info, default in extra
     ]

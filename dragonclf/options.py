@@ -18,6 +18,13 @@ def parameters(config_type: type[BaseModel], *, defaults: dict[str, Any] | None 
     return [_parameter(name, fields[name], given) for name in ordered]
 
 
+def given(context: typer.Context, values: dict[str, Any], *, defaults: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Of a command's `values` those that its user gave, over `defaults`: a config model, or a recipe in it, has the others."""
+    sources = {name: context.get_parameter_source(name) for name in values}
+    chosen = {name: values[name] for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
+    return (defaults or {}) | chosen
+
+
 def arguments(config: BaseModel) -> list[str]:
     """The command-line arguments that give this config: positional ones, then those that are not the default."""
     fields = type(config).model_fields
@@ -36,11 +43,13 @@ def arguments(config: BaseModel) -> list[str]:
 
 
 def explain(error: ValidationError) -> str:
-    """A validation error in one line: each option, what is wrong, what was given."""
+    """A validation error in one line: each option, what is wrong, what was given; or what is wrong with several together."""
     lines = []
     for item in error.errors():
-        option = _option(str(item["loc"][0])) if item["loc"] else "options"
-        lines.append(f"{option}: {item['msg'].removeprefix('Value error, ')} (given: {item['input']!r})")
+        message = item["msg"].removeprefix("Value error, ")
+        if item["loc"]:
+            message = f"{_option(str(item['loc'][0]))}: {message} (given: {item['input']!r})"
+        lines.append(message)
     return "; ".join(lines)
 
 

@@ -1,14 +1,15 @@
 """Options of `train`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from dragonclf.config import recipes
 from dragonclf.config.shared import Config, ExecutionConfig, RayConfig, ReadingConfig
 
 # What means nothing for a head on features.
 _OF_ALL_LAYERS = (
-    "freeze_epochs", "layer_decay", "amp", "mixup", "cutmix", "start_size", "drop", "drop_path", "batch_norm", "compile",
+    "freeze_epochs", "freeze_to", "layer_decay", "amp", "mixup", "cutmix", "start_size", "drop", "drop_path", "batch_norm", "compile",
 )  # fmt: skip
 _OF_VIEWS = ("crop_scale", "flips", "policy", "erase")
 
@@ -19,6 +20,10 @@ class RecipeConfig(Config):
     epochs: int = Field(default=3, ge=1, description="Passes over the training images.")
     freeze_epochs: int = Field(
         default=1, ge=0, description="Passes before those that train the head alone, with no-precompute."
+    )
+    freeze_to: int = Field(
+        default=0,
+        description="First group of layers that is trained, with no-precompute: 0 the stem, so all; then timm's stages; -1 the head's.",
     )
     lr: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         default=0.01,
@@ -145,6 +150,12 @@ class TrainConfig(RecipeConfig, RayConfig, ExecutionConfig, ReadingConfig):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
         description="Name of the run's folder. None: made from the options, so that equal ones resume.",
     )
+    recipe: str | None = Field(
+        default=None,
+        min_length=1,
+        description="TOML file or s3:// URI with options in its table `train` (crop_pct = 1.0), or elpv-head or elpv-finetune, which come "
+        "with this package. What is given beside it wins: --recipe elpv-finetune --epochs 5. A run's args.toml gives the same again.",
+    )
     arch: str = Field(default="tf_efficientnet_lite0", description="Architecture, by its name in timm.")
     pretrained: str = Field(
         default="auto",
@@ -188,6 +199,10 @@ class TrainConfig(RecipeConfig, RayConfig, ExecutionConfig, ReadingConfig):
     max_failures: int = Field(
         default=3, ge=0, description="Losses of workers that are survived, each from the last checkpoint."
     )
+    report: bool = Field(
+        default=True,
+        description="Evaluate the model on the validation images at the end: report.html in the run's folder.",
+    )
     synthetic_canaries: bool = Field(
         default=False,
         description="Put made-up pictures in the bundle instead of four validation images, where those may not be passed on.",
@@ -199,6 +214,13 @@ class TrainConfig(RecipeConfig, RayConfig, ExecutionConfig, ReadingConfig):
     log_model: bool = Field(
         default=True, description="Keep a copy of the model in MLflow too, for mlflow.pyfunc.load_model."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _add_recipe(cls, given: Any) -> Any:
+        if isinstance(given, dict) and isinstance(given.get("recipe"), str) and given["recipe"]:
+            return recipes.read(given["recipe"], cls.model_fields).train | given
+        return given
 
     @model_validator(mode="after")
     def _check_workers(self) -> "TrainConfig":

@@ -1,6 +1,7 @@
 """Every field of a config is an option or an argument, with help; and errors name the option."""
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import click
@@ -19,10 +20,11 @@ VALUES = {"images": "x.jpg", "precision": "bf16"}  # of required options that ar
 def app_of(config_type: type[BaseModel], received: list[BaseModel]) -> typer.Typer:
     """A command line of one command that validates what it is given."""
 
-    def command(**given: Any) -> None:
-        received.append(config_type.model_validate(given))
+    def command(context: typer.Context, **values: Any) -> None:
+        received.append(config_type.model_validate(options.given(context, values)))
 
-    command.__signature__ = inspect.Signature(options.parameters(config_type))  # pyright: ignore[reportFunctionMemberAccess]
+    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    command.__signature__ = inspect.Signature([context, *options.parameters(config_type)])  # pyright: ignore[reportFunctionMemberAccess]
     app = typer.Typer()
     app.command()(command)
     return app
@@ -110,6 +112,21 @@ def test_replaced_defaults():
     assert parameter.default == "o"
 
 
+def test_options_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path: Path):
+    """Also those that are given as what is the default anyway."""
+    recipe = tmp_path / "own.toml"
+    recipe.write_text('[train]\nprecompute = false\nlr = 0.002\nepochs = 9\nflips = "both"\n')
+    received: list[BaseModel] = []
+    arguments = ["d", "--out", "o", "--recipe", str(recipe), "--epochs", "3", "--flips", "none"]
+    result = CliRunner().invoke(app_of(config.TrainConfig, received), arguments)
+    assert result.exit_code == 0, result.output
+    [made] = received
+    assert isinstance(made, config.TrainConfig)
+    assert (made.epochs, made.flips, made.lr, made.precompute, made.erase) == (3, "none", 0.002, False, 0.0)
+    in_python = {"data": "d", "out": "o", "recipe": str(recipe), "epochs": 3, "flips": "none"}
+    assert config.TrainConfig.model_validate(in_python) == made
+
+
 @pytest.mark.parametrize(
     ("config_type", "given", "parts"),
     [
@@ -119,6 +136,7 @@ def test_replaced_defaults():
         (config.ScoreConfig, {"model": "m", "source": "s", "out": "o", "typo": 1}, ["--typo: ", "not permitted"]),
         (config.ScoreConfig, {"model": "m", "source": "s", "out": "o", "runtime": "tf"}, ["--runtime: ", "'auto', 'torch', 'inductor' or"]),
         (config.PredictConfig, {"model": "m", "images": []}, ["at least 1 item"]),
+        (config.TrainConfig, {"data": "d", "out": "o", "recipe": "typo"}, ["there is no recipe 'typo': ", "elpv-finetune, elpv-head"]),
     ],
 )  # fmt: skip
 def test_a_validation_error_in_one_line(config_type: type[BaseModel], given: dict[str, Any], parts: list[str]):
