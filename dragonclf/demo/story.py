@@ -68,7 +68,7 @@ def demo(out: Path, *, limit: int | None = None) -> DemoSummary:
             "train",
             train,
             TrainConfig(
-                data=f"{WORK}/elpv", out=f"{WORK}/models", precompute=True, epochs=3, lr=0.01, num_workers=2, synthetic_canaries=True,
+                data=f"{WORK}/elpv", out=f"{WORK}/models", recipe="elpv-head", num_workers=2, synthetic_canaries=True, report=False,
                 mlflow_uri=f"sqlite:///{out}/mlflow.db",
             ),
         )  # fmt: skip
@@ -86,6 +86,13 @@ def demo(out: Path, *, limit: int | None = None) -> DemoSummary:
         counts=scored.counts, images_per_s=scored.images_per_s, seconds=time.monotonic() - started,
         report=evaluated.report, model=str(out / "model"), predictions=str(out / "scores"),
     )  # fmt: skip
+
+
+def write_manifest(path: Path) -> str:
+    """Write a manifest of the photographs where they are installed, for `index`; return its path. ValueError if they are not."""
+    rows = [(str(file), uri.split("/")[-2]) for uri, file, _ in _photographs()]
+    pd.DataFrame(rows, columns=["uri", "label"]).to_csv(path, index=False)
+    return str(path)
 
 
 def _say(text: str) -> None:

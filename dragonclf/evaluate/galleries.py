@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -52,7 +53,9 @@ class Caption:
 Picture = np.ndarray | str  # uint8 (H, W, 3), or the reason why there is no picture
 
 
-def select_galleries(frame: pd.DataFrame, *, classes: list[str], per_gallery: int = 8, seed: int = 0) -> list[Gallery]:
+def select_galleries(
+    frame: pd.DataFrame, *, classes: list[str], per_gallery: int = 8, seed: int = 0, own: list[int] | None = None
+) -> list[Gallery]:
     """Choose the images of the five kinds, kind by kind: 3 + 2 K galleries for K classes.
 
     Past `MAX_GALLERY_CLASSES` classes, only those with the most mistakes get their own two. The choice is a function of
@@ -64,6 +67,7 @@ def select_galleries(frame: pd.DataFrame, *, classes: list[str], per_gallery: in
         classes: Names of the K >= 2 classes.
         per_gallery: The most images in a gallery, 1 to `MAX_PER_GALLERY`.
         seed: Seed of the random ones.
+        own: Indices of the classes with galleries of their own. None: all, or those with the most mistakes.
 
     Raises:
         ValueError: `per_gallery` is out of range, or an `input_label` is not one of the classes.
@@ -86,12 +90,11 @@ def select_galleries(frame: pd.DataFrame, *, classes: list[str], per_gallery: in
         _gallery("Random correct", drawn(correct, 0), correct, what="predicted right", order="drawn at random"),
         _gallery("Random incorrect", drawn(~correct, 1), ~correct, what="predicted wrong", order="drawn at random"),
     ]
-    own_galleries = classes_shown(targets, correct=correct, num_classes=len(classes))
     for section, is_kind, score, what, order in (
         ("Most correct", correct, -prob_of_truth, "predicted right", "the most certain first"),
         ("Most incorrect", ~correct, prob_of_truth, "predicted wrong", "the worst first"),
     ):
-        for index in own_galleries:
+        for index in own or classes_shown(targets, correct=correct, num_classes=len(classes)):
             mask = is_kind & (targets == index)
             galleries.append(
                 _gallery(section, first(mask, score), mask, what=what, order=order, of_class=(index, classes[index]))
@@ -100,6 +103,23 @@ def select_galleries(frame: pd.DataFrame, *, classes: list[str], per_gallery: in
     uncertain = first(everything, top_two[:, 1] - top_two[:, 0])
     order = "the closest call between the two most probable classes first"
     return [*galleries, _gallery("Most uncertain", uncertain, everything, what="evaluated", order=order)]
+
+
+def top_losses(frame: pd.DataFrame, *, classes: list[str], per_gallery: int = 8) -> Gallery:
+    """Return the images whose true class was thought least probable, right or wrong, the worst first. `frame` as above."""
+    rows, targets, probs = counted_rows(frame.sort_values("uri", kind="stable"), classes=classes)
+    worst = np.argsort(probs[np.arange(len(rows)), targets], kind="stable")[:per_gallery]
+    everything = np.ones(len(rows), dtype=bool)
+    order = "the least probable true class first"
+    return _gallery("Top losses", rows.iloc[worst], everything, what="evaluated", order=order)
+
+
+def random_images(frame: pd.DataFrame, *, classes: list[str], per_gallery: int = 8, seed: int = 0) -> Gallery:
+    """Return some images, right or wrong. `frame` and `seed` as above."""
+    rows, _, _ = counted_rows(frame.sort_values("uri", kind="stable"), classes=classes)
+    drawn = np.random.default_rng(seed).permutation(len(rows))[:per_gallery]
+    everything = np.ones(len(rows), dtype=bool)
+    return _gallery("Random", rows.iloc[drawn], everything, what="evaluated", order="drawn at random")
 
 
 def classes_shown(targets: np.ndarray, *, correct: np.ndarray, num_classes: int) -> list[int]:
@@ -132,8 +152,8 @@ def read_pictures(galleries: Iterable[Gallery]) -> dict[str, Picture]:
         return dict(zip(uris, pool.map(_read_picture, uris), strict=True))
 
 
-def draw_gallery(gallery: Gallery, *, pictures: Mapping[str, Picture], classes: list[str]) -> bytes:
-    """Return the gallery as a PNG, each picture titled "predicted / actual / probability" (of the predicted class)."""
+def draw_gallery(gallery: Gallery, *, pictures: Mapping[str, Picture], classes: list[str]) -> Figure:
+    """Return the gallery as a figure, each picture titled "predicted / actual / probability" (of the predicted class)."""
     num_rows = max(1, -(-len(gallery.rows) // PNG_COLUMNS))
     height = 2.75 * num_rows + 0.9  # inches
     figure = Figure(figsize=(2.4 * PNG_COLUMNS, height), dpi=100, facecolor="white")
@@ -158,15 +178,15 @@ def draw_gallery(gallery: Gallery, *, pictures: Mapping[str, Picture], classes: 
             axes.text(0, 0, textwrap.fill(picture, 26), ha="center", va="center", fontsize=8, parse_math=False)
         else:
             axes.imshow(picture)
-    return png(figure)
+    return figure
 
 
-def png(figure: Figure) -> bytes:
-    """Return a figure as a PNG. A character that matplotlib's font lacks is drawn as a box, without a warning."""
+def image_bytes(figure: Figure, kind: Literal["png", "jpg"] = "png") -> bytes:
+    """Return a figure as a file. A character that matplotlib's font lacks is drawn as a box, without a warning."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # classes may be named in any script
-        figure.savefig(buffer, format="png")
+        figure.savefig(buffer, format=kind)
     return buffer.getvalue()
 
 

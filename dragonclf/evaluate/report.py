@@ -23,7 +23,7 @@ from dragonclf.evaluate.galleries import (
     Picture,
     captions,
     draw_gallery,
-    png,
+    image_bytes,
     read_pictures,
     select_galleries,
 )
@@ -79,10 +79,10 @@ def write_evaluation(
     files = {
         "metrics.json": metrics.model_dump_json(indent=2).encode(),
         "predictions.parquet": _parquet(frame),
-        "confusion_matrix.png": _draw_confusion(metrics),
+        "confusion_matrix.png": image_bytes(draw_confusion(metrics)),
     }
     for gallery in galleries:
-        files[f"galleries/{gallery.slug}.png"] = draw_gallery(gallery, pictures=pictures, classes=classes)
+        files[f"galleries/{gallery.slug}.png"] = image_bytes(draw_gallery(gallery, pictures=pictures, classes=classes))
     for name, data in {**files, "report.html": html}.items():
         storage.put(storage.join(out_uri, name), data)
     return metrics
@@ -212,8 +212,8 @@ def _parquet(frame: pd.DataFrame) -> bytes:
     return buffer.getvalue()
 
 
-def _draw_confusion(metrics: Metrics) -> bytes:
-    """Draw the matrix, shaded by share of the row; with numbers and names while they can be read."""
+def draw_confusion(metrics: Metrics) -> Figure:
+    """Return the confusion matrix as a figure, shaded by share of the row; with numbers and names while they can be read."""
     counts = np.array(metrics.confusion)
     num_classes = len(counts)
     shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
@@ -231,4 +231,4 @@ def _draw_confusion(metrics: Metrics) -> bytes:
             axes.text(j, i, f"{count:,}", ha="center", va="center", color="white" if shares[i, j] > 0.55 else "black")
     else:
         axes.set(xticks=[], yticks=[], title=f"{num_classes} classes, in the model's order")
-    return png(figure)
+    return figure

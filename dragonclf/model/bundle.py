@@ -177,6 +177,24 @@ def load_bundle(uri: str) -> Bundle:
     return Bundle(uri, version, info, model.eval(), images, expected["pixels"], expected["logits"])
 
 
+def copy_bundle(uri: str, to_uri: str) -> str:
+    """Copy a bundle and what is proven of it, ``model.json`` last, and return `to_uri`. A copy that is there already stays.
+
+    ValueError, with nothing changed, if another model is there.
+    """
+    info = storage.get(storage.join(uri, INFO))
+    there = storage.get_if_exists(storage.join(to_uri, INFO))
+    if there and there[0] != info:
+        raise _taken(to_uri)
+    for found in list(storage.list_objects(uri)):
+        name = found.uri.removeprefix(storage.join(uri, ""))
+        if name != INFO:
+            storage.put(storage.join(to_uri, name), storage.get(found.uri))
+    if not storage.put_if_absent(storage.join(to_uri, INFO), info):
+        raise _taken(to_uri)
+    return to_uri
+
+
 def open_predictor(bundle: Bundle, execution: Execution, *, batch_size: int = 32, num_threads: int = 1) -> Predictor:
     """Return a predictor that has just reproduced the bundle's canaries, or raise ValueError saying by how much it missed.
 
@@ -225,7 +243,7 @@ def _identity(info: BundleInfo) -> tuple[object, ...]:
 
 
 def _taken(uri: str) -> ValueError:
-    return ValueError(f"there is another model at {uri}: bundles are never changed; choose another --name")
+    return ValueError(f"there is another model at {uri}: bundles are never changed; choose another name")
 
 
 def _checked(uri: str, name: str, info: BundleInfo) -> bytes:

@@ -57,7 +57,7 @@ def fit(
             if recipe.patience and checkpoint.since_best(trainer.history) >= recipe.patience:
                 break
             if parallel is None or epoch == recipe.freeze_epochs:
-                freeze(model, frozen=recipe.frozen(epoch))
+                freeze(model, frozen=recipe.frozen(epoch), first=recipe.freeze_to)
                 parallel = None  # its hooks go with it, before others come
                 gc.collect()
                 parallel = wrap(model)

@@ -4,16 +4,17 @@ L. Smith, "Cyclical learning rates for training neural networks", https://arxiv.
 """
 
 import copy
-import io
 import itertools
 import math
 from collections.abc import Callable, Iterator
 
 import torch
+from matplotlib.figure import Figure
 from pydantic import BaseModel, Field
 from torch import nn
 
 from dragonclf import storage
+from dragonclf.evaluate.galleries import image_bytes
 from dragonclf.train.data import Samples
 from dragonclf.train.group import reduced
 from dragonclf.train.recipe import Recipe, freeze
@@ -55,14 +56,19 @@ def find(
 
     A run that goes on takes the one it began with. Equal on all workers; `model` stays as it is. ValueError if the sweep tells nothing.
     """
-    kept = storage.get_if_exists(storage.join(run_uri, FOUND)) if rank == 0 else None
-    if int(reduced(torch.tensor(int(kept is not None), device=device))):
-        return Sweep.model_validate_json(storage.get(storage.join(run_uri, FOUND))).valley
+    is_kept = rank == 0 and storage.stat(storage.join(run_uri, FOUND)) is not None
+    if int(reduced(torch.tensor(int(is_kept), device=device))):
+        return kept(run_uri).valley
     found = sweep(model, train, recipe, rank=rank, world_size=world_size, device=device, wrap=wrap)
     if rank == 0:
-        storage.put(storage.join(run_uri, PLOT), plotted(found))
+        storage.put(storage.join(run_uri, PLOT), image_bytes(plot(found)))
         storage.put(storage.join(run_uri, FOUND), found.model_dump_json(indent=1).encode())
     return found.valley
+
+
+def kept(run_uri: str) -> Sweep:
+    """The sweep that a run's folder keeps."""
+    return Sweep.model_validate_json(storage.get(storage.join(run_uri, FOUND)))
 
 
 def sweep(
@@ -77,7 +83,7 @@ def sweep(
 ) -> Sweep:
     """Train a copy of `model` for up to 100 steps as in the recipe's first epochs, at rates from 1e-7 to 10, until the loss diverges."""
     copied = copy.deepcopy(model)
-    freeze(copied, frozen=recipe.frozen(0))
+    freeze(copied, frozen=recipe.frozen(0), first=recipe.freeze_to)
     trainer = Trainer(copied, train, recipe, rank=rank, world_size=world_size, device=device)
     lrs, losses, smoothed, average = [], [], [], 0.0
     for number, loss in _losses(trainer, wrap(copied)):
@@ -115,11 +121,9 @@ def steep(losses: list[float]) -> int:
     return falls.index(min(falls))
 
 
-def plotted(found: Sweep) -> bytes:
-    """A PNG of the smoothed loss over the rate, with the suggestions."""
-    import matplotlib.figure  # half a second, and every training worker loads this module
-
-    figure = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
+def plot(found: Sweep) -> Figure:
+    """The loss and the smoothed loss over the rate, with the suggestions."""
+    figure = Figure(figsize=(6, 4), layout="constrained", facecolor="white")
     axes = figure.subplots()
     axes.plot(found.lrs, found.losses, color="0.8", label="loss")
     axes.plot(found.lrs, found.smoothed, label="smoothed")
@@ -127,9 +131,7 @@ def plotted(found: Sweep) -> bytes:
         axes.plot([lr], [found.smoothed[found.lrs.index(lr)]], "o", label=f"{name}: {lr:.2g}")
     axes.set(xscale="log", xlabel="learning rate of the head", ylabel="training loss")
     axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return figure
 
 
 def _losses(trainer: Trainer, parallel: nn.Module) -> Iterator[tuple[int, float]]:

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel
+from timm.models import group_parameters  # pyright: ignore[reportPrivateImportUsage]
 from timm.optim import (  # pyright: ignore[reportPrivateImportUsage]
     param_groups_layer_decay,  # pyright: ignore[reportPrivateImportUsage]
     param_groups_weight_decay,  # pyright: ignore[reportPrivateImportUsage]
@@ -29,6 +30,7 @@ class Recipe(BaseModel):
     augment: Augment = Augment()
     epochs: int
     freeze_epochs: int = 0
+    freeze_to: int = 0
     lr: float
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float
@@ -134,13 +136,31 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def freeze(model: nn.Module, *, frozen: bool) -> None:
-    """Let gradients reach the head alone, or everything."""
+def freeze(model: nn.Module, *, frozen: bool, first: int = 0) -> None:
+    """Let gradients reach the head alone, or also the groups of layers from `first` on: 0 is everything, -1 the last group."""
     if isinstance(model, Network):
-        for parameter in model.parameters():
-            parameter.requires_grad_(not frozen)
+        trained = layers_from(model.model, first)
+        for name, parameter in model.model.named_parameters():
+            parameter.requires_grad_(not frozen and name in trained)
         for parameter in model.head.parameters():
             parameter.requires_grad_(True)
+
+
+def layers_from(model: nn.Module, first: int) -> set[str]:
+    """Names of the parameters of a timm model from a group of layers on. The groups are timm's coarse ones: stem, stages, head.
+
+    ValueError if there is no such group.
+    """
+    if first == 0:  # also of models without groups
+        return {name for name, _ in model.named_parameters()}
+    matcher = model.group_matcher(coarse=True)  # pyright: ignore[reportCallIssue]
+    groups: dict[str, Any] = group_parameters(model, matcher, reverse=True)  # name -> number
+    count = max(groups.values()) + 1
+    if not -count <= first < count:
+        raise ValueError(
+            f"--freeze-to {first}: the layers are in {count} groups, 0 the stem, {count - 1} or -1 the head's"
+        )
+    return {name for name, group in groups.items() if group >= first % count}
 
 
 def one_cycle(step: int, *, total_steps: int) -> float:

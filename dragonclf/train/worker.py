@@ -11,11 +11,12 @@ from pydantic import BaseModel
 from timm.layers import convert_sync_batchnorm  # pyright: ignore[reportPrivateImportUsage]
 from torch import nn
 
+from dragonclf import storage
 from dragonclf.data.snapshot import Snapshot
 from dragonclf.data.transforms import Transform
 from dragonclf.model import zoo
 from dragonclf.model.predictor import Network
-from dragonclf.train import loop, lr_find
+from dragonclf.train import loop, lr_find, pictures
 from dragonclf.train.cache import ImageCache, user_folder
 from dragonclf.train.data import Features, Images, Samples
 from dragonclf.train.head import Head
@@ -36,6 +37,7 @@ class TrainJob(BaseModel):
     recipe: Recipe
     regularization: dict[str, float]  # of the architecture, as timm names it
     find_lr: bool
+    train: bool = True  # else the sweep is all
     num_threads: int
     cache: bool
     cache_dir: str | None  # on every node
@@ -57,7 +59,8 @@ def train_worker(job_json: dict[str, str]) -> None:
     recipe = job.recipe
     if job.find_lr:
         recipe = recipe.model_copy(update={"lr": lr_find.find(model, train, recipe, **here)})
-    loop.fit(model, train, valid, recipe, report=ray.train.report, **here)
+    if job.train:
+        loop.fit(model, train, valid, recipe, report=ray.train.report, **here)
 
 
 def load_backbone(job: TrainJob) -> nn.Module:
@@ -87,5 +90,8 @@ def _images_job(job: TrainJob) -> tuple[nn.Module, Samples, Samples]:
         Images.of_split, job.snapshot, transform=job.transform, num_threads=job.num_threads, cache=cache
     )
     size_at = functools.partial(job.recipe.size_at, size=job.transform.size)
-    train = opened("train", seed=job.recipe.seed, augment=job.recipe.augment, size_at=size_at)
+    train: Samples = opened("train", seed=job.recipe.seed, augment=job.recipe.augment, size_at=size_at)
+    if ray.train.get_context().get_world_rank() == 0:
+        uri = storage.join(job.run_uri, pictures.BATCH)
+        train = pictures.FirstBatch(train, job.snapshot.info.classes, uri)
     return Network(model, job.transform), train, opened("valid")

@@ -1,6 +1,7 @@
 """`evaluate`: a bundle's probabilities for a split of a snapshot, its metrics, and a report to look at."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pandas as pd
@@ -43,6 +44,13 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
     """
     loaded, snapshot = bundle.load_bundle(config.model), open_snapshot(config.data)
     summary, frame = predict_split(config, loaded, snapshot)
+    return write_report(frame, config, loaded, snapshot, run_by=summary.execution)
+
+
+def write_report(
+    frame: pd.DataFrame, config: EvaluateConfig, loaded: bundle.Bundle, snapshot: Snapshot, *, run_by: str
+) -> EvaluateSummary:
+    """Write what `evaluate` writes of the predictions `frame`, which `predict_split` or another gave. Raises as `write_evaluation` does."""
     coverage, accuracy = _accepted(frame, loaded.info)
     metrics = write_evaluation(
         frame,
@@ -54,15 +62,16 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
             "Architecture": f"{loaded.info.arch}, weights from {loaded.info.pretrained}",
             "Data": f"{snapshot.info.source}, snapshot {snapshot.info.id}",
             "Split": config.split,
-            "Run by": summary.execution,
+            "Run by": run_by,
             **({} if coverage is None else {"Thresholds": _told(coverage, accuracy)}),
         },
         seed=config.seed,
         per_gallery=config.per_gallery,
     )
+    counts = dict(sorted(Counter(frame["status"].tolist()).items()))
     return EvaluateSummary(
         report=storage.join(config.out, "report.html"), predictions=storage.join(config.out, "predictions.parquet"),
-        counts=summary.counts, coverage=coverage, accepted_accuracy=accuracy,
+        counts=counts, coverage=coverage, accepted_accuracy=accuracy,
         **metrics.model_dump(include={"num_images", "accuracy", "accuracy_interval", "auroc", "log_loss", "ece"}),
     )  # fmt: skip
 
@@ -88,7 +97,17 @@ def predict_split(
 
     input_id = {"snapshot": snapshot.info.id, "split": config.split}
     summary = score_rows(config, loaded, verb="evaluate", input_id=input_id, rows=rows, layout=Layout())
-    return summary, _frame(summary.run, loaded.info.classes)
+    return summary, frame_of(published.read_parts(summary.run), loaded.info.classes)
+
+
+def frame_of(tables: Iterable[pa.Table], classes: list[str]) -> pd.DataFrame:
+    """Scored rows together, null where a table lacks a column; a list column of probabilities becomes one column a class."""
+    frame = pa.concat_tables(tables, promote_options="default").to_pandas()
+    if "probs" in frame:
+        nothing = np.full(len(classes), np.nan)
+        probs = np.stack([nothing if value is None else value for value in frame.pop("probs")])
+        frame = pd.concat([frame, pd.DataFrame(probs, columns=[f"prob_{name}" for name in classes])], axis=1)
+    return frame
 
 
 def _accepted(frame: pd.DataFrame, info: bundle.BundleInfo) -> tuple[float | None, float | None]:
@@ -104,13 +123,3 @@ def _accepted(frame: pd.DataFrame, info: bundle.BundleInfo) -> tuple[float | Non
 def _told(coverage: float, accuracy: float | None) -> str:
     right = "" if accuracy is None else f", of which {accuracy:.2%} are right"
     return f"labels of {coverage:.2%} of the images are accepted{right}"
-
-
-def _frame(run_uri: str, classes: list[str]) -> pd.DataFrame:
-    """All predictions of a run; a list column of probabilities becomes one column a class."""
-    frame = pa.concat_tables(published.read_parts(run_uri)).to_pandas()
-    if "probs" in frame:
-        nothing = np.full(len(classes), np.nan)
-        probs = np.stack([nothing if value is None else value for value in frame.pop("probs")])
-        frame = pd.concat([frame, pd.DataFrame(probs, columns=[f"prob_{name}" for name in classes])], axis=1)
-    return frame

@@ -1,9 +1,12 @@
 """`train`: a snapshot becomes a model bundle, by data-parallel workers of Ray Train.
 
-OUT/NAME/args.json        the options, resolved; the same command resumes, another one is refused
+OUT/NAME/args.toml        the options, resolved, as a recipe; the same command resumes, another one is refused
+         lr_find.png      the sweep, with --lr auto
+         train_batch0.jpg images of the first step as the network sees them, with --no-precompute
          checkpoints/     latest.pt, to go on from; best.pt, the weights of the best epoch
-         results.csv      one row an epoch
+         results.csv      one row an epoch, drawn in results.png at the end
          model/           the bundle, at the end
+         report.html, confusion_matrix.png   last, of the validation images; evaluation/ has what they were made from
 OUT/features/...          features of frozen backbones, shared by the runs under OUT (`train/features.py`)
 """
 
@@ -11,49 +14,32 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import tempfile
 import threading
-import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import ray
-import ray.exceptions
-import ray.train
-import ray.train.torch
 from pydantic import BaseModel, Field
+from torch import nn
 
 from dragonclf import session, storage, tracking
-from dragonclf.config import RayConfig, ReadingConfig, TrainConfig
-from dragonclf.data.augment import Augment
+from dragonclf.config import RayConfig, ReadingConfig, TrainConfig, recipes
 from dragonclf.data.snapshot import Snapshot, open_snapshot, read_rows
 from dragonclf.engine.inference import Views
 from dragonclf.model import bundle, canaries, zoo
-from dragonclf.model.execution import resolve_execution
-from dragonclf.train import checkpoint, features, head, thresholds, worker
-from dragonclf.train.recipe import Recipe
+from dragonclf.model.execution import Execution, resolve_execution
+from dragonclf.train import checkpoint, features, head, lr_find, thresholds, worker
+from dragonclf.train.recipe import Recipe, layers_from
+from dragonclf.verbs import run_pictures
+from dragonclf.verbs.train_workers import cpus_per_worker, recipe, regularization, run_workers
 
 log = logging.getLogger("dragonclf")
 
-MAX_CPUS_PER_WORKER = 8
-# A step on a CPU asks for gigabytes and gives them back. glibc would return them to the kernel each time, and zero and map them again at
-# the next: for tf_efficientnet_lite0 that is 60 % of the step. So it keeps them, in one arena.
-# Threads of a step that wait for each other sleep: by default they spin, and keep the cores from those that decode.
-ON_CPUS = {
-    "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "OMP_WAIT_POLICY": "PASSIVE",
-}  # fmt: skip
+ARGS, SWEEPS = "args.toml", "lr_find"
 POLL_S = 1.0
-NO_MEMORY = "due to the node running low on memory"  # Ray's words
-RESIZE_POLL_S = 30.0  # each resizing starts the workers anew
-# How often Ray Train asks its workers how they fare, for which each waits at an epoch's end. Its own 2 s are longer than an epoch on
-# features takes; so one worker is asked each tenth of a second where they are few.
-WORKER_POLL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
-WORKER_POLL_S, MOST_WORKER_POLL_S = 0.1, 2.0
-# A process more, seconds to start, that looks out for nodes which a cluster takes away.
-PREEMPTION_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 # Options that change where, how fast or whether a run gets done, and not what it comes to.
 _NOT_RESULTS = {
     "batch_size",
@@ -65,6 +51,8 @@ _NOT_RESULTS = {
     "min_workers",
     "mlflow_uri",
     "log_model",
+    "report",
+    "recipe",
     "out",
     "name",
     *RayConfig.model_fields,
@@ -77,6 +65,7 @@ class TrainSummary(BaseModel):
 
     run: str = Field(description="URI of the run's folder.")
     model: str = Field(description="URI of the bundle.")
+    report: str | None = Field(description="URI of the report on the validation images. None: --no-report.")
     model_version: str
     snapshot: str
     classes: list[str]
@@ -89,49 +78,95 @@ def train(config: TrainConfig) -> TrainSummary:
     A finished run is returned as it is. Raises ValueError for options that do not fit the data, the weights or an earlier run of the
     same name, and StorageError.
     """
+    run = _open(config, config.out)
+    model_uri = storage.join(run.uri, "model")
+    if storage.stat(storage.join(model_uri, bundle.INFO)):
+        log.info("train: nothing to do: the run at %s is finished", run.uri)
+        return _finish(config, run, bundle.load_bundle(model_uri), None)
+    _say("train", config, run)
+    with session.connect(config.address):
+        job = _job(config, run)
+        with _followed(config, job.recipe, run.uri, run.name, run.args):
+            run_workers(config, job)
+        return _finish(config, run, _save_bundle(config, job, run.args), job.features_uri)
+
+
+def find_lr(config: TrainConfig) -> lr_find.Sweep:
+    """Sweep the learning rate as `train` does with lr "auto", and train nothing. The same sweep is made once.
+
+    OUT/lr_find/NAME has it: args.toml, lr_find.json, lr_find.png. Raises what `train` does.
+    """
+    config = config.model_copy(update={"lr": "auto", "name": None})
+    run = _open(config, storage.join(config.out, SWEEPS))
+    if not storage.stat(storage.join(run.uri, lr_find.FOUND)):
+        _say("lr_find", config, run)
+        with session.connect(config.address):
+            run_workers(config, _job(config, run, train=False))
+    return lr_find.kept(run.uri)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run's folder, and what the options come to."""
+
+    uri: str
+    name: str
+    args: dict[str, Any]
+    snapshot: Snapshot
+    execution: Execution  # of the features
+    pretrained: str
+    backbone: nn.Module
+
+
+def _say(what: str, config: TrainConfig, run: _Run) -> None:
+    log.info(
+        "%s: %s with weights from %s on snapshot %s, run %s", what, config.arch, run.pretrained, run.snapshot.info.id, run.uri
+    )  # fmt: skip
+
+
+def _open(config: TrainConfig, out: str) -> _Run:
+    """Make the run's folder under `out`, or find it. ValueError if one of that name was started with other options."""
     snapshot = open_snapshot(config.data)
     execution = resolve_execution(config.runtime, config.device, "f32", has_gpu=session.has_gpu(config.address))
     source = zoo.resolve_pretrained(config.arch, config.pretrained)
-    backbone = zoo.load_pretrained(config.arch, source, _regularization(config))
+    backbone = zoo.load_pretrained(config.arch, source, regularization(config))
     args = config.model_dump(exclude=_NOT_RESULTS) | {"snapshot": snapshot.info.id, "pretrained": source}
     name = config.name or f"{config.arch}-{hashlib.sha256(json.dumps(args, sort_keys=True).encode()).hexdigest()[:8]}"
-    run_uri = storage.join(config.out, name)
+    uri = storage.join(out, name)
+    layers_from(backbone, config.freeze_to)  # refuses what is not there
+    about = {option: args[option] for option in ("data", "snapshot")}
+    kept = recipes.Recipe(about=about, train={option: value for option, value in args.items() if option not in about})
     if not storage.put_if_absent(
-        storage.join(run_uri, "args.json"),
-        json.dumps(args, indent=2, sort_keys=True).encode(),
-        atomic=not config.at_least_once,
+        storage.join(uri, ARGS), recipes.as_toml(kept).encode(), atomic=not config.at_least_once
     ):
-        raise ValueError(f"the run at {run_uri} was started with other options: choose another --name")
-    model_uri = storage.join(run_uri, "model")
-    if storage.stat(storage.join(model_uri, bundle.INFO)):
-        log.info("train: nothing to do: the run at %s is finished", run_uri)
-        return _finish(config, run_uri, bundle.load_bundle(model_uri), snapshot)
-    log.info("train: %s with weights from %s on snapshot %s, run %s", config.arch, source, snapshot.info.id, run_uri)
-    transform = zoo.transform_for(backbone, size=config.size, crop_pct=config.crop_pct)
-    digest = zoo.backbone_digest(backbone)
-    with session.connect(config.address):
-        features_uri, views_uri = _compute_features(
-            config, snapshot, execution=execution, pretrained=source, digest=digest, transform=transform
-        )
-        job = worker.TrainJob(
-            run_uri=run_uri,
-            snapshot=snapshot,
-            features_uri=features_uri,
-            views_uri=views_uri,
-            arch=config.arch,
-            pretrained=source,
-            backbone_digest=digest,
-            transform=transform,
-            recipe=recipe(config),
-            regularization=_regularization(config),
-            find_lr=config.lr == "auto",
-            num_threads=_cpus_per_worker(config),
-            cache=config.cache,
-            cache_dir=config.cache_dir,
-        )
-        with _followed(config, job.recipe, run_uri, name, args):
-            _run_workers(config, job)
-    return _finish(config, run_uri, _save_bundle(config, job, args), snapshot)
+        raise ValueError(f"the run at {uri} was started with other options: choose another --name")
+    return _Run(uri, name, args, snapshot, execution, source, backbone)
+
+
+def _job(config: TrainConfig, run: _Run, *, train: bool = True) -> worker.TrainJob:
+    """What the workers need to know; the features are there then, if they are to be."""
+    transform = zoo.transform_for(run.backbone, size=config.size, crop_pct=config.crop_pct)
+    digest = zoo.backbone_digest(run.backbone)
+    features_uri, views_uri = _compute_features(
+        config, run.snapshot, execution=run.execution, pretrained=run.pretrained, digest=digest, transform=transform
+    )
+    return worker.TrainJob(
+        run_uri=run.uri,
+        snapshot=run.snapshot,
+        features_uri=features_uri,
+        views_uri=views_uri,
+        arch=config.arch,
+        pretrained=run.pretrained,
+        backbone_digest=digest,
+        transform=transform,
+        recipe=recipe(config),
+        regularization=regularization(config),
+        find_lr=config.lr == "auto",
+        train=train,
+        num_threads=cpus_per_worker(config),
+        cache=config.cache,
+        cache_dir=config.cache_dir,
+    )
 
 
 def _compute_features(config: TrainConfig, snapshot: Snapshot, **how: Any) -> tuple[str | None, str | None]:
@@ -143,95 +178,6 @@ def _compute_features(config: TrainConfig, snapshot: Snapshot, **how: Any) -> tu
         return own, None
     views = Views(count=config.views, seed=config.seed, augment=recipe(config).augment)
     return own, features.compute(config, snapshot, views=views, **how)
-
-
-def recipe(config: TrainConfig) -> Recipe:
-    """What the options come to for the loop."""
-    given = config.model_dump(include=set(Recipe.model_fields))
-    given["augment"] = config.model_dump(include=set(Augment.model_fields))
-    given["lr"] = 1.0 if config.lr == "auto" else config.lr  # auto: the workers find it
-    return Recipe.model_validate(given | ({"freeze_epochs": 0} if config.precompute else {}))
-
-
-def _regularization(config: TrainConfig) -> dict[str, float]:
-    return {"drop_rate": config.drop, "drop_path_rate": config.drop_path}
-
-
-def _cpus_per_worker(config: TrainConfig) -> int:
-    cpus = int(ray.cluster_resources().get("CPU", 0))
-    if config.address == session.LOCAL and config.num_workers > cpus:
-        raise ValueError(
-            f"{config.num_workers} workers do not fit this machine's {cpus} CPUs: lower --num-workers, or join a cluster"
-        )
-    return max(1, min(MAX_CPUS_PER_WORKER, cpus // config.num_workers))
-
-
-def _run_workers(config: TrainConfig, job: worker.TrainJob) -> None:
-    use_gpu = session.has_gpu(config.address) and config.device != "cpu"
-    if config.batch_norm == "sync" and not use_gpu:
-        raise ValueError("--batch-norm sync needs GPUs, as torch's SyncBatchNorm does: use train or frozen")
-    with tempfile.TemporaryDirectory(prefix="dragonclf-train-") as folder:
-        trainer = _Trainer(
-            worker.train_worker,
-            train_loop_config={"job": job.model_dump_json()},
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=(config.min_workers, config.num_workers) if config.min_workers else config.num_workers,
-                use_gpu=use_gpu,
-                elastic_resize_monitor_interval_s=RESIZE_POLL_S,
-                resources_per_worker={"CPU": job.num_threads} | ({"GPU": 1} if use_gpu else {}),
-            ),
-            # Ray Train keeps nothing that matters: checkpoints are our own. A name of its own each time, since it resumes by name.
-            run_config=ray.train.RunConfig(
-                name=f"dragonclf-{uuid.uuid4().hex}",
-                storage_path=folder,
-                failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-                worker_runtime_env={"env_vars": {} if use_gpu else ON_CPUS},
-            ),
-        )
-        try:
-            with _settings_of_ray_train(config):
-                trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise _cause(error) from error
-
-
-@contextlib.contextmanager
-def _settings_of_ray_train(config: TrainConfig) -> Iterator[None]:
-    """Those that it reads from the environment, unless they are there."""
-    ours = {WORKER_POLL: str(min(MOST_WORKER_POLL_S, WORKER_POLL_S * config.num_workers))}
-    if config.address == session.LOCAL:
-        ours[PREEMPTION_WATCHER] = "0"
-    ours = {name: value for name, value in ours.items() if name not in os.environ}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name in ours:
-            del os.environ[name]
-
-
-class _Trainer(ray.train.torch.TorchTrainer):
-    """Leaves Ctrl-C to us: Ray's own handler ends the process with 0 or 1 and no word, and stays when training is over."""
-
-    def _register_sigint_handler(self, controller: object) -> None:
-        pass
-
-
-def _cause(error: BaseException) -> Exception:
-    """The error of a worker as what it was there, if a user can act on it."""
-    text = str(error)
-    for kind, name in ((ValueError, "ValueError: "), (storage.StorageError, "Error: ")):
-        lines = [line for line in text.splitlines() if name in line]
-        if lines:
-            return kind(lines[-1].rpartition(name)[2])
-    if NO_MEMORY in text:
-        return storage.StorageError(
-            "training failed: a machine ran out of memory, and Ray ended its workers: end what else takes memory there, and the same "
-            "command resumes; or begin another run with a larger --accumulate or a smaller --global-batch-size"
-        )
-    return storage.StorageError(
-        f"training failed: {(text.strip().splitlines() or ['no reason given'])[-1]}; the same command resumes"
-    )
 
 
 @contextlib.contextmanager
@@ -320,16 +266,19 @@ def _validation_images(snapshot: Snapshot) -> list[bytes]:
     return [storage.get(uri) for uri in uris[::step][: canaries.COUNT]]
 
 
-def _finish(config: TrainConfig, run_uri: str, made: bundle.Bundle, snapshot: Snapshot) -> TrainSummary:
-    if config.log_model and not tracking.has_model(run_uri):
+def _finish(config: TrainConfig, run: _Run, made: bundle.Bundle, features_uri: str | None) -> TrainSummary:
+    """Do what a killed run may lack beside its bundle."""
+    if config.log_model and not tracking.has_model(run.uri):
         from dragonclf.verbs import pyfunc  # with MLflow: seconds
 
         with tempfile.TemporaryDirectory(prefix="dragonclf-model-") as temporary:
             folder = Path(temporary, pyfunc.BUNDLE)
             storage.download_all(made.uri, folder)
             tracking.log_model(
-                config.mlflow_uri, run_uri, code=Path(pyfunc.__file__), folder=folder, signature=pyfunc.signature(made.info)
+                config.mlflow_uri, run.uri, code=Path(pyfunc.__file__), folder=folder, signature=pyfunc.signature(made.info)
             )  # fmt: skip
+    run_pictures.complete(config, run.uri, made, run.snapshot, features_uri=features_uri)
     return TrainSummary(
-        run=run_uri, model=made.uri, model_version=made.version, snapshot=snapshot.uri, classes=made.info.classes, metrics=made.info.metrics
+        run=run.uri, model=made.uri, report=storage.join(run.uri, run_pictures.REPORT) if config.report else None,
+        model_version=made.version, snapshot=run.snapshot.uri, classes=made.info.classes, metrics=made.info.metrics
     )  # fmt: skip

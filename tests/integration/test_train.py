@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import pandas as pd
 import psutil
 import pytest
 import torch
@@ -92,6 +93,10 @@ def test_workers_killed_at_any_step_change_no_bit(data: str, tmp_path: Path):
     output = commands.result(*options, *survived, "--out", str(tmp_path / "killed"), "--name", "killed")
     assert output["run"] == run
 
+    assert {path.name for path in Path(run).iterdir()} == {
+        "args.toml", "checkpoints", "confusion_matrix.png", "evaluation", "mlflow_model_id", "mlflow_run_id", "model", "report.html",
+        "results.csv", "results.png", "train_batch0.jpg",
+    }  # fmt: skip
     rows = history(run)
     assert [row["epoch"] for row in rows] == list(range(1, EPOCHS + 2))  # the first of them with a frozen backbone
     for row, expected in zip(rows, history(undisturbed["run"]), strict=True):
@@ -119,17 +124,18 @@ def training_workers(pid: int) -> list[psutil.Process]:
 @pytest.mark.filterwarnings("ignore")  # MLflow's own, in this process
 def test_number_of_workers_changes_neither_order_nor_result(data: str, local_ray: None, tmp_path: Path):
     options = [
+        "--out", str(tmp_path), "--size", "64", "--mlflow-uri", f"sqlite:///{tmp_path}/mlflow.db", "--min-precision", "0.9",
+    ]  # fmt: skip
+    one = commands.result_here("train", data, *options, "--name", "one", "--num-workers", "1")
+    recipe = [
+        "--recipe",
+        f"{one['run']}/args.toml",
         "--out",
         str(tmp_path),
-        "--size",
-        "64",
         "--mlflow-uri",
         f"sqlite:///{tmp_path}/mlflow.db",
-        "--min-precision",
-        "0.9",
     ]
-    one = commands.result_here("train", data, *options, "--name", "one", "--num-workers", "1")
-    two = commands.result_here("train", data, *options, "--name", "two", "--num-workers", "2")
+    two = commands.result_here("train", data, *recipe, "--name", "two", "--num-workers", "2")
     assert [row["epoch"] for row in history(one["run"])] == [1, 2, 3]
     for a, b in zip(history(one["run"]), history(two["run"]), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
@@ -155,9 +161,21 @@ def test_number_of_workers_changes_neither_order_nor_result(data: str, local_ray
 
     check_grown(data, tmp_path, options)
 
+    shown = {name: (tmp_path / "two" / name).read_bytes() for name in ("results.png", "confusion_matrix.png")}
+    evaluation = tmp_path / "two" / "evaluation" / "predictions.parquet"
+    of_features = pd.read_parquet(evaluation).sort_values("uri")
+    (tmp_path / "two" / "results.png").unlink()  # as if the driver had been killed before
+    (tmp_path / "two" / "report.html").unlink()
     again = commands.here("train", data, *options, "--name", "two", "--num-workers", "1", "--json")
-    assert again.exit_code == 0
-    assert "nothing to do" in again.stderr
+    assert again.exit_code == 0, again.stderr
+    assert "nothing to do: the run at" in again.stderr
+    assert {name: (tmp_path / "two" / name).read_bytes() for name in shown} == shown
+    assert (tmp_path / "two" / "report.html").stat().st_size > 10_000
+    of_images = pd.read_parquet(evaluation).sort_values("uri")
+    for name in ("uri", "etag", "status", "label", "input_label"):
+        assert of_features[name].tolist() == of_images[name].tolist()
+    for name in ("confidence", "prob_blue", "prob_red"):
+        assert of_features[name].to_numpy() == pytest.approx(of_images[name].to_numpy(), abs=1e-5, nan_ok=True)
     assert "other options" in commands.fails("train", data, *options, "--name", "two", "--epochs", "5", code=2)
 
     seen = commands.here(

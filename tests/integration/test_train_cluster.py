@@ -26,7 +26,7 @@ from dragonclf.model.predictor import Network
 from dragonclf.train import checkpoint, loop, lr_find
 from dragonclf.train.data import Images
 from dragonclf.train.recipe import one_cycle
-from dragonclf.verbs import train
+from dragonclf.verbs import train_workers
 from tests.conftest import write_folder
 from tests.integration import commands
 from tests.integration.nodes import end_node, start_node
@@ -86,7 +86,7 @@ def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_proxy: S3Proxy) ->
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30"
     )  # of the group that still counts on the lost node
     monkeypatch.setenv("RAY_health_check_period_ms", "500")  # a lost node is seen in seconds
-    monkeypatch.setenv(train.WORKER_POLL, "2")  # an epoch takes so long: there are few to be replayed
+    monkeypatch.setenv(train_workers.WORKER_POLL, "2")  # an epoch takes so long: there are few to be replayed
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_proxy.endpoint)  # of all nodes
     made = Nodes(tmp_path)
     yield made
@@ -109,7 +109,7 @@ def options_of(data: str, out: Path, epochs: int, **others: Any) -> list[str]:
     config = TrainConfig.model_validate(
         TRAINING
         | {"data": data, "out": str(out), "name": "run", "epochs": epochs, "num_workers": 2, "synthetic_canaries": True}
-        | {"mlflow_uri": f"sqlite:///{out}.db", "log_model": False}
+        | {"mlflow_uri": f"sqlite:///{out}.db", "log_model": False, "report": False}
         | others
     )
     return ["train", *options.arguments(config)]
@@ -195,7 +195,7 @@ def replay(config: TrainConfig, run: str, *, epochs: int) -> None:
     snapshot = open_snapshot(config.data)
     model = zoo.load_pretrained(config.arch, config.pretrained)
     transform = zoo.transform_for(model, size=config.size)
-    recipe = train.recipe(config)
+    recipe = train_workers.recipe(config)
     learned, valid = (
         Images.of_split(snapshot, split, transform, num_threads=2, seed=seed) for split, seed in (("train", recipe.seed), ("valid", None))
     )  # fmt: skip

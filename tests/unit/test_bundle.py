@@ -124,11 +124,26 @@ def test_saving_the_same_model_again_changes_nothing(tmp_path: Path):
 def test_another_model_is_refused_and_the_one_there_stays_whole(change: dict[str, Any], tmp_path: Path):
     made = save(tmp_path)
     with pytest.raises(
-        ValueError, match=r"there is another model at .*: bundles are never changed; choose another --name"
+        ValueError, match=r"there is another model at .*: bundles are never changed; choose another name"
     ):
         save(tmp_path, **change)
     assert bundle.load_bundle(str(tmp_path)).version == made.version
     bundle.open_predictor(bundle.load_bundle(str(tmp_path)), TORCH)
+
+
+def test_a_copy_is_the_same_model_and_replaces_no_other(tmp_path: Path):
+    made = save(tmp_path / "first")
+    (tmp_path / "first" / "precisions").mkdir()
+    (tmp_path / "first" / "precisions" / "proof.json").write_text("{}")
+    target = str(tmp_path / "copy")
+    for _ in range(2):
+        assert bundle.copy_bundle(made.uri, target) == target
+        assert bundle.load_bundle(target).version == made.version
+    assert (tmp_path / "copy" / "precisions" / "proof.json").read_text() == "{}"
+    other = save(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="there is another model at"):
+        bundle.copy_bundle(other.uri, target)
+    assert bundle.load_bundle(target).version == made.version
 
 
 def test_a_half_written_bundle_is_none_and_is_written_over(tmp_path: Path):

@@ -14,8 +14,11 @@ from dragonclf.evaluate.galleries import (
     Gallery,
     captions,
     draw_gallery,
+    image_bytes,
+    random_images,
     read_pictures,
     select_galleries,
+    top_losses,
 )
 
 # torchvision warns in each decoder; `decode` hides it with catch_warnings, which does not hold across threads
@@ -81,6 +84,27 @@ def test_the_five_kinds() -> None:
     assert set(found["random-incorrect"]) <= {"d4", "d5", "v4"}
     assert galleries[4].description == "2 of 2 images of drogon predicted wrong, the worst first."
     assert galleries[5].description == "1 of 1 image of viserion predicted wrong, the worst first."
+
+
+def test_galleries_of_one_class_alone() -> None:
+    galleries = select_galleries(FRAME, classes=CLASSES, per_gallery=2, own=[1])
+    assert [gallery.title for gallery in galleries if ":" in gallery.title] == [
+        "Most correct: viserion",
+        "Most incorrect: viserion",
+    ]
+
+
+def test_top_losses_are_where_the_true_class_was_least_probable() -> None:
+    found = top_losses(FRAME.sample(frac=1, random_state=0), classes=CLASSES, per_gallery=4)
+    assert found.rows["uri"].tolist() == ["d4", "v4", "d5", "v2"]
+    assert found.description == "4 of 9 images evaluated, the least probable true class first."
+
+
+def test_random_ones_are_of_all() -> None:
+    found = random_images(FRAME, classes=CLASSES, per_gallery=9, seed=1)
+    assert sorted(found.rows["uri"]) == sorted(FRAME["uri"])
+    again = random_images(FRAME.iloc[::-1], classes=CLASSES, per_gallery=9, seed=1)
+    assert again.rows["uri"].tolist() == found.rows["uri"].tolist()
 
 
 def test_more_asked_than_there_are() -> None:
@@ -204,7 +228,7 @@ def test_a_gallery_is_drawn_whatever_its_classes_are_called(tmp_path: Path) -> N
     galleries = select_galleries(frame, classes=classes)
     pictures = read_pictures(galleries)
     for gallery in galleries:
-        drawn = Image.open(io.BytesIO(draw_gallery(gallery, pictures=pictures, classes=classes)))
+        drawn = Image.open(io.BytesIO(image_bytes(draw_gallery(gallery, pictures=pictures, classes=classes))))
         assert drawn.format == "PNG"
         num_green = int((np.asarray(drawn.convert("RGB")) == [0, 255, 0]).all(axis=2).sum())
         num_pictures = len(gallery.rows[gallery.rows["uri"] != str(tmp_path / "gone.png")])

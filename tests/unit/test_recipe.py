@@ -11,7 +11,7 @@ from torch import nn
 from dragonclf.config import TrainConfig
 from dragonclf.data.transforms import Transform
 from dragonclf.model.predictor import Network
-from dragonclf.train.recipe import Recipe, one_cycle, set_lr
+from dragonclf.train.recipe import Recipe, freeze, one_cycle, set_lr
 
 RECIPE = Recipe(epochs=3, lr=0.1, weight_decay=0.3, global_batch_size=8, seed=0)
 NUM_STEPS = 10
@@ -87,7 +87,7 @@ def test_thresholds_are_for_a_precision_or_a_recall():
         TrainConfig.model_validate({"data": "d", "out": "o", "min_precision": 0.9, "min_recall": 0.9})
 
 
-@pytest.mark.parametrize("option", [{"freeze_epochs": 2}, {"layer_decay": 0.8}, {"amp": True}])
+@pytest.mark.parametrize("option", [{"freeze_epochs": 2}, {"freeze_to": -1}, {"layer_decay": 0.8}, {"amp": True}])
 def test_what_the_head_alone_has_no_use_for_is_refused(option: dict[str, object]):
     flag = f"--{next(iter(option)).replace('_', '-')}"
     with pytest.raises(ValueError, match=f"{flag} is for training every layer: add --no-precompute"):
@@ -112,3 +112,25 @@ def test_views_that_no_epoch_takes_are_refused():
         TrainConfig.model_validate(given | {"views": 3})
     with pytest.raises(ValueError, match=r"--views is for features, .* leave one out"):
         TrainConfig.model_validate(given | {"views": 2, "precompute": False})
+
+
+@pytest.mark.parametrize(
+    ("first", "trained"),
+    [
+        (0, ("",)),
+        (3, ("layer3.", "layer4.", "fc.")),
+        (-2, ("layer4.", "fc.")),
+        (-1, ("fc.",)),
+    ],
+)
+def test_layers_are_trained_from_a_group_on(first: int, trained: tuple[str, ...]):
+    """resnet18 has six groups: the stem, layer1 to layer4, fc."""
+    transform = Transform(size=32, crop_pct=1.0, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+    model = timm.create_model("resnet18", num_classes=2)
+    for frozen, wanted in ((False, trained), (True, ("fc.",))):
+        freeze(Network(model, transform), frozen=frozen, first=first)
+        names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert names == {name for name, _ in model.named_parameters() if name.startswith(wanted)}
+    for beyond in (6, -7):
+        with pytest.raises(ValueError, match=f"--freeze-to {beyond}: the layers are in 6 groups"):
+            freeze(Network(model, transform), frozen=False, first=beyond)

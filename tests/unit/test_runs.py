@@ -459,8 +459,8 @@ def test_a_named_run_is_kept_of_only_if_it_did_the_same_to_its_images(out: str):
     runs.publish(first, fence=1)
     with pytest.raises(ValueError, match=r"its model was 'm1' and is 'm2' now; leave --since out"):
         open_run(out, "score", {"model": "m2", "input": "a"}, listed({"a": "1"}, ""), since=first.name)
-    with pytest.raises(ValueError, match=r"its tta was None and is 4 now"):
-        open_run(out, "score", {"model": "m1", "tta": 4, "input": "a"}, listed({"a": "1"}, ""), since=first.name)
+    with pytest.raises(ValueError, match=r"its tta was None and is '4' now"):
+        open_run(out, "score", {"model": "m1", "tta": "4", "input": "a"}, listed({"a": "1"}, ""), since=first.name)
     second = open_run(out, "score", {"model": "m1", "input": "b"}, listed({"a": "1", "b": "1"}, ""), since=first.name)
     manifest, asked = finish_since(second, score=2)
     assert (asked, manifest.num_kept, manifest.num_deleted) == (["/in/b"], 1, 0)

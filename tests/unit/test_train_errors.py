@@ -3,7 +3,7 @@
 import pytest
 
 from dragonclf import storage
-from dragonclf.verbs.train import _cause
+from dragonclf.verbs.train_workers import _cause
 
 LOST = "Training failed due to worker errors:\n[Rank 0 Error Snippet]:\n{}\nSee the log"
 # As Ray 2.60 has it.
