@@ -95,7 +95,7 @@ def test_workers_killed_at_any_step_change_no_bit(data: str, tmp_path: Path):
 
     assert {path.name for path in Path(run).iterdir()} == {
         "args.toml", "checkpoints", "confusion_matrix.png", "evaluation", "mlflow_model_id", "mlflow_run_id", "model", "report.html",
-        "results.csv", "results.png", "train_batch0.jpg",
+        "results.csv", "results.png", "steps.csv", "train_batch0.jpg",
     }  # fmt: skip
     rows = history(run)
     assert [row["epoch"] for row in rows] == list(range(1, EPOCHS + 2))  # the first of them with a frozen backbone
