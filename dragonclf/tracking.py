@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import logging
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -82,6 +83,25 @@ def log_model(uri: str | None, run_uri: str, *, code: Path, folder: Path, signat
     except (mlflow.exceptions.MlflowException, OSError) as error:
         raise _unusable(uri, error) from error
     storage.put(storage.join(run_uri, MODEL_ID), str(made.model_id).encode())
+
+
+def log_files(uri: str | None, run_uri: str, names: list[str]) -> None:
+    """Put objects of a training run's folder into its record, as artifacts.
+
+    ValueError if the tracking server or database does not take them.
+    """
+    if not names:
+        return
+    mlflow, uri = _opened(uri)
+    run_id = storage.get(storage.join(run_uri, RUN_ID)).decode()
+    with tempfile.TemporaryDirectory(prefix="dragonclf-files-") as folder:
+        try:
+            for name in names:
+                path = Path(folder, name)
+                path.write_bytes(storage.get(storage.join(run_uri, name)))
+                mlflow.MlflowClient().log_artifact(run_id, str(path))
+        except (mlflow.exceptions.MlflowException, OSError) as error:
+            raise _unusable(uri, error) from error
 
 
 def _opened(uri: str | None) -> tuple[Any, str]:

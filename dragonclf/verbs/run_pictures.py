@@ -19,7 +19,7 @@ from dragonclf.engine.layout import ALWAYS, Layout
 from dragonclf.evaluate.galleries import image_bytes
 from dragonclf.model import bundle, zoo
 from dragonclf.model.predictor import Head, softmax
-from dragonclf.train import checkpoint, pictures
+from dragonclf.train import checkpoint, lr_find, pictures
 from dragonclf.train.data import Images
 from dragonclf.train.order import Order
 from dragonclf.verbs.evaluate import evaluate, frame_of, write_report
@@ -32,17 +32,21 @@ SHARED = {*RayConfig.model_fields, *ExecutionConfig.model_fields, "at_least_once
 
 def complete(
     config: TrainConfig, run_uri: str, model: bundle.Bundle, snapshot: Snapshot, *, features_uri: str | None
-) -> None:
+) -> list[str]:
     """Make results.png and, with `config.report`, confusion_matrix.png and report.html, as far as they are missing.
 
-    The report is what `evaluate` writes under RUN/evaluation, made of the run of features at `features_uri` if there is one: then no image
-    is read but those that are shown. It names the images that cannot be read, and is made however many.
+    Returns the names of what is new: these, and the pictures made while it trained. The report is what `evaluate` writes under
+    RUN/evaluation, made of the run of features at `features_uri` if there is one: then no image is read but those that are shown. It names
+    the images that cannot be read, and is made however many.
     """
+    new: list[str] = []
     results = storage.join(run_uri, pictures.RESULTS)
     if not storage.stat(results):
         storage.put(results, image_bytes(results_figure(run_uri)))
+        earlier = (pictures.BATCH, lr_find.PLOT)
+        new += [pictures.RESULTS, *(name for name in earlier if storage.stat(storage.join(run_uri, name)))]
     if not config.report or storage.stat(storage.join(run_uri, REPORT)):
-        return
+        return new
     out = storage.join(run_uri, EVALUATION)
     what = {"model": model.uri, "data": snapshot.uri, "out": out, "max_error_rate": 1}
     evaluation = EvaluateConfig.model_validate(config.model_dump(include=SHARED) | what)
@@ -53,6 +57,7 @@ def complete(
         write_report(frame, evaluation, model, snapshot, run_by="the head, on the features that it was trained on")
     for name in (MATRIX, REPORT):
         storage.put(storage.join(run_uri, name), storage.get(storage.join(out, name)))
+    return [*new, MATRIX, REPORT]
 
 
 def results_figure(run_uri: str) -> Figure:

@@ -277,7 +277,8 @@ def _finish(config: TrainConfig, run: _Run, made: bundle.Bundle, features_uri: s
             tracking.log_model(
                 config.mlflow_uri, run.uri, code=Path(pyfunc.__file__), folder=folder, signature=pyfunc.signature(made.info)
             )  # fmt: skip
-    run_pictures.complete(config, run.uri, made, run.snapshot, features_uri=features_uri)
+    shown = run_pictures.complete(config, run.uri, made, run.snapshot, features_uri=features_uri)
+    tracking.log_files(config.mlflow_uri, run.uri, shown)
     return TrainSummary(
         run=run.uri, model=made.uri, report=storage.join(run.uri, run_pictures.REPORT) if config.report else None,
         model_version=made.version, snapshot=run.snapshot.uri, classes=made.info.classes, metrics=made.info.metrics

@@ -227,6 +227,12 @@ def check_mlflow(uri: str, trained: dict[str, Any], paths: list[str]) -> None:
     client = mlflow.MlflowClient(uri)
     name, model_id = (storage.get(f"{trained['run']}/mlflow_{kind}_id").decode() for kind in ("run", "model"))
     assert client.get_run(name).data.metrics["valid_accuracy"] == trained["metrics"]["valid_accuracy"]
+    steps = checkpoint.read_results(trained["run"], checkpoint.STEPS)
+    assert [(m.step, m.value) for m in client.get_metric_history(name, "step_loss")] == [
+        (row["step"], row["loss"]) for row in steps
+    ]
+    artifacts = {file.path for file in client.list_artifacts(name)}
+    assert artifacts >= {"results.png", "confusion_matrix.png", "report.html"}
     [experiment] = client.search_experiments(filter_string="name = 'dragonclf'")
     assert len(client.search_runs([experiment.experiment_id])) == 2  # one for each training run
     done = subprocess.run(
