@@ -4,7 +4,7 @@ OUT/NAME/args.toml        the options, resolved, as a recipe; the same command r
          lr_find.png      the sweep, with --lr auto
          train_batch0.jpg images of the first step as the network sees them, with --no-precompute
          checkpoints/     latest.pt, to go on from; best.pt, the weights of the best epoch
-         results.csv      one row an epoch, drawn in results.png at the end
+         results.csv      one row an epoch, and steps.csv, of their steps; drawn in results.png at the end
          model/           the bundle, at the end
          report.html, confusion_matrix.png   last, of the validation images; evaluation/ has what they were made from
 OUT/features/...          features of frozen backbones, shared by the runs under OUT (`train/features.py`)
