@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import psutil
+from ray._private import ray_constants
 
 RAY = str(Path(sys.executable).with_name("ray"))
 START_S = 60
@@ -15,9 +16,11 @@ START_S = 60
 
 def start_node(log: Path, *arguments: str, **environment: str) -> psutil.Process:
     """Return when the node is up. What it says goes to `log`."""
+    # What tells a private Ray of this process to keep to itself is not for a cluster.
+    inherited = {name: value for name, value in os.environ.items() if name != ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR}
     with log.open("w") as output:
         node = psutil.Popen(
-            [RAY, "start", "--block", *arguments], env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT
+            [RAY, "start", "--block", *arguments], env=inherited | environment, stdout=output, stderr=subprocess.STDOUT
         )
     deadline = time.monotonic() + START_S
     while "Ray runtime started" not in log.read_text():
