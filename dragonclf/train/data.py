@@ -4,7 +4,9 @@ Both give, for a list of sample indices, an input tensor and the class indices; 
 instance each.
 """
 
+import asyncio
 import hashlib
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -98,6 +100,8 @@ class Images:
         self._size_at, self._cache = size_at, cache
         self._digests = table["sha256"].to_pylist() if "sha256" in table.column_names else None
         self._pool = ThreadPoolExecutor(num_threads, "decode")
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True, name="fetch").start()
 
     @classmethod
     def of_split(
@@ -170,7 +174,9 @@ class Images:
         return found
 
     def _get(self, sample: int) -> bytes:
-        data = storage.get(self._uris[sample])
+        uri = self._uris[sample]
+        # `fetch` costs a third of what `get` does, and wants an event loop.
+        data = asyncio.run_coroutine_threadsafe(storage.fetch(uri), self._loop).result()[0]
         if self._digests and hashlib.sha256(data).hexdigest() != self._digests[sample]:
             raise images.ImageError("changed", "another image is there now")
         return data

@@ -29,11 +29,11 @@ class Bucket:
 
     def __init__(self, objects: dict[str, bytes], monkeypatch: pytest.MonkeyPatch):
         self.objects, self.reads = objects, dict.fromkeys(objects, 0)
-        monkeypatch.setattr(storage, "get", self.get)
+        monkeypatch.setattr(storage, "fetch", self.fetch)
 
-    def get(self, uri: str) -> bytes:
+    async def fetch(self, uri: str) -> tuple[bytes, str]:
         self.reads[uri] += 1
-        return self.objects[uri]
+        return self.objects[uri], ""
 
 
 @pytest.fixture
