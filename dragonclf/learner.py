@@ -28,8 +28,8 @@ from dragonclf.evaluate.galleries import (
 from dragonclf.evaluate.metrics import classification_metrics, counted_rows
 from dragonclf.evaluate.report import draw_confusion
 from dragonclf.model import bundle
-from dragonclf.train.lr_find import Sweep, plot
-from dragonclf.train.pictures import draw_images
+from dragonclf.train.lr_find import Sweep
+from dragonclf.train.pictures import draw_images, plot_sweep
 from dragonclf.verbs.evaluate import EvaluateSummary, evaluate, predict_split
 from dragonclf.verbs.index import index
 from dragonclf.verbs.run_pictures import EVALUATION, SHARED, first_images, results_figure
@@ -193,7 +193,7 @@ class Learner:
         """The last sweep. ValueError if there was none."""
         if self.sweep is None:
             raise ValueError("there is no sweep yet: call lr_find first")
-        return plot(self.sweep)
+        return plot_sweep(self.sweep)
 
     def _drawn(self, gallery: Gallery) -> Figure:
         return draw_gallery(gallery, pictures=read_pictures([gallery]), classes=self.data.classes)

@@ -9,18 +9,16 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-from matplotlib.figure import Figure
 from pydantic import BaseModel, Field
 from torch import nn
 
 from dragonclf import storage
-from dragonclf.evaluate.galleries import image_bytes
 from dragonclf.train.data import Samples
 from dragonclf.train.group import reduced
 from dragonclf.train.recipe import Recipe, freeze
 from dragonclf.train.trainer import Trainer
 
-FOUND, PLOT = "lr_find.json", "lr_find.png"
+FOUND = "lr_find.json"
 LEAST_LR, MOST_LR, NUM_STEPS = 1e-7, 10.0, 100
 SMOOTHING = 0.98
 DIVERGED = 4.0  # times the least smoothed loss
@@ -52,7 +50,7 @@ def find(
     device: torch.device,
     wrap: Callable[[nn.Module], nn.Module],
 ) -> float:
-    """The rate to train with: the valley of a sweep that the run's folder keeps, as lr_find.json and lr_find.png.
+    """The rate to train with: the valley of a sweep that the run's folder keeps, as lr_find.json.
 
     A run that goes on takes the one it began with. Equal on all workers; `model` stays as it is. ValueError if the sweep tells nothing.
     """
@@ -61,7 +59,6 @@ def find(
         return kept(run_uri).valley
     found = sweep(model, train, recipe, rank=rank, world_size=world_size, device=device, wrap=wrap)
     if rank == 0:
-        storage.put(storage.join(run_uri, PLOT), image_bytes(plot(found)))
         storage.put(storage.join(run_uri, FOUND), found.model_dump_json(indent=1).encode())
     return found.valley
 
@@ -119,19 +116,6 @@ def steep(losses: list[float]) -> int:
     """Place after which `losses`, at evenly spaced logarithms of the rate, fall most."""
     falls = [after - before for before, after in itertools.pairwise(losses)]
     return falls.index(min(falls))
-
-
-def plot(found: Sweep) -> Figure:
-    """The loss and the smoothed loss over the rate, with the suggestions."""
-    figure = Figure(figsize=(6, 4), layout="constrained", facecolor="white")
-    axes = figure.subplots()
-    axes.plot(found.lrs, found.losses, color="0.8", label="loss")
-    axes.plot(found.lrs, found.smoothed, label="smoothed")
-    for name, lr in (("valley", found.valley), ("steep", found.steep)):
-        axes.plot([lr], [found.smoothed[found.lrs.index(lr)]], "o", label=f"{name}: {lr:.2g}")
-    axes.set(xscale="log", xlabel="learning rate of the head", ylabel="training loss")
-    axes.legend()
-    return figure
 
 
 def _losses(trainer: Trainer, parallel: nn.Module) -> Iterator[tuple[int, float]]:

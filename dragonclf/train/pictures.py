@@ -11,8 +11,9 @@ from dragonclf import storage
 from dragonclf.evaluate.galleries import image_bytes
 from dragonclf.train.checkpoint import Row
 from dragonclf.train.data import Batch, Samples
+from dragonclf.train.lr_find import Sweep
 
-RESULTS, BATCH = "results.png", "train_batch0.jpg"
+RESULTS, BATCH, SWEEP = "results.png", "train_batch0.jpg", "lr_find.png"
 MAX_IMAGES, COLUMNS = 16, 4
 
 
@@ -61,4 +62,17 @@ def plot_results(rows: list[Row], curve: list[Row]) -> Figure:
         axes.set(xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
+    return figure
+
+
+def plot_sweep(found: Sweep) -> Figure:
+    """The loss and the smoothed loss over the rate, with the suggestions."""
+    figure = Figure(figsize=(6, 4), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    axes.plot(found.lrs, found.losses, color="0.8", label="loss")
+    axes.plot(found.lrs, found.smoothed, label="smoothed")
+    for name, lr in (("valley", found.valley), ("steep", found.steep)):
+        axes.plot([lr], [found.smoothed[found.lrs.index(lr)]], "o", label=f"{name}: {lr:.2g}")
+    axes.set(xscale="log", xlabel="learning rate of the head", ylabel="training loss")
+    axes.legend()
     return figure

@@ -16,7 +16,7 @@ from dragonclf.data.snapshot import Snapshot
 from dragonclf.data.transforms import Transform
 from dragonclf.model import zoo
 from dragonclf.model.predictor import Network
-from dragonclf.train import loop, lr_find, pictures
+from dragonclf.train import loop, lr_find
 from dragonclf.train.cache import ImageCache, user_folder
 from dragonclf.train.data import Features, Images, Samples
 from dragonclf.train.head import Head
@@ -92,6 +92,8 @@ def _images_job(job: TrainJob) -> tuple[nn.Module, Samples, Samples]:
     size_at = functools.partial(job.recipe.size_at, size=job.transform.size)
     train: Samples = opened("train", seed=job.recipe.seed, augment=job.recipe.augment, size_at=size_at)
     if ray.train.get_context().get_world_rank() == 0:
+        from dragonclf.train import pictures  # with matplotlib and torchmetrics: a second, which only this one needs
+
         uri = storage.join(job.run_uri, pictures.BATCH)
         train = pictures.FirstBatch(train, job.snapshot.info.classes, uri)
     return Network(model, job.transform), train, opened("valid")

@@ -33,7 +33,7 @@ SHARED = {*RayConfig.model_fields, *ExecutionConfig.model_fields, "at_least_once
 def complete(
     config: TrainConfig, run_uri: str, model: bundle.Bundle, snapshot: Snapshot, *, features_uri: str | None
 ) -> list[str]:
-    """Make results.png and, with `config.report`, confusion_matrix.png and report.html, as far as they are missing.
+    """Make results.png, lr_find.png of a sweep and, with `config.report`, confusion_matrix.png and report.html, as far as they are missing.
 
     Returns the names of what is new: these, and the pictures made while it trained. The report is what `evaluate` writes under
     RUN/evaluation, made of the run of features at `features_uri` if there is one: then no image is read but those that are shown. It names
@@ -43,7 +43,8 @@ def complete(
     results = storage.join(run_uri, pictures.RESULTS)
     if not storage.stat(results):
         storage.put(results, image_bytes(results_figure(run_uri)))
-        earlier = (pictures.BATCH, lr_find.PLOT)
+        draw_sweep(run_uri)
+        earlier = (pictures.BATCH, pictures.SWEEP)
         new += [pictures.RESULTS, *(name for name in earlier if storage.stat(storage.join(run_uri, name)))]
     if not config.report or storage.stat(storage.join(run_uri, REPORT)):
         return new
@@ -58,6 +59,12 @@ def complete(
     for name in (MATRIX, REPORT):
         storage.put(storage.join(run_uri, name), storage.get(storage.join(out, name)))
     return [*new, MATRIX, REPORT]
+
+
+def draw_sweep(run_uri: str) -> None:
+    """lr_find.png of a run that swept the learning rate."""
+    if storage.stat(storage.join(run_uri, lr_find.FOUND)):
+        storage.put(storage.join(run_uri, pictures.SWEEP), image_bytes(pictures.plot_sweep(lr_find.kept(run_uri))))
 
 
 def results_figure(run_uri: str) -> Figure:

@@ -1,7 +1,7 @@
 """`train`: a snapshot becomes a model bundle, by data-parallel workers of Ray Train.
 
 OUT/NAME/args.toml        the options, resolved, as a recipe; the same command resumes, another one is refused
-         lr_find.png      the sweep, with --lr auto
+         lr_find.json     the sweep, with --lr auto; drawn in lr_find.png at the end
          train_batch0.jpg images of the first step as the network sees them, with --no-precompute
          checkpoints/     latest.pt, to go on from; best.pt, the weights of the best epoch
          results.csv      one row an epoch, and steps.csv, of their steps; drawn in results.png at the end
@@ -102,6 +102,7 @@ def find_lr(config: TrainConfig) -> lr_find.Sweep:
         _say("lr_find", config, run)
         with session.connect(config.address):
             run_workers(config, _job(config, run, train=False))
+        run_pictures.draw_sweep(run.uri)
     return lr_find.kept(run.uri)
 
 

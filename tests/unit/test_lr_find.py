@@ -64,7 +64,6 @@ def test_what_diverges_at_once_is_said():
 
 def test_a_run_keeps_the_rate_that_it_began_with(tmp_path: Path):
     found = lr_find.find(head(), TRAIN, RECIPE, run_uri=str(tmp_path), **ALONE)
-    assert (tmp_path / "lr_find.png").read_bytes().startswith(b"\x89PNG")
     kept = json.loads((tmp_path / "lr_find.json").read_text())
     assert kept["valley"] == found
     (tmp_path / "lr_find.json").write_text(json.dumps(kept | {"valley": 0.125}))
