@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 log = logging.getLogger("dragonclf")
@@ -36,6 +37,10 @@ class ImageCache:
         self._make_room()
         self._written, self._is_full = 0, False
 
+    def has(self, name: str) -> bool:
+        """Whether there is such an entry, sound or damaged."""
+        return self._path(name).exists()
+
     def get(self, name: str) -> bytes | None:
         """The entry, or None."""
         path = self._path(name)
@@ -59,16 +64,17 @@ class ImageCache:
         self._written += 1
         if self._is_full:
             return
-        path = self._path(name)
-        path.parent.mkdir(exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=self._folder, prefix="new-", delete=False) as file:
+        new, path = f"{self._folder}/new-{os.getpid()}-{threading.get_ident()}", self._path(name)
+        try:
+            _write(new, data)
             try:
-                file.write(data)
-                file.close()
-                os.replace(file.name, path)
-            except OSError:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+                os.rename(new, path)
+            except FileNotFoundError:  # the first of its two letters
+                path.parent.mkdir(exist_ok=True)
+                os.rename(new, path)
+        except OSError:
+            Path(new).unlink(missing_ok=True)
+            raise
 
     def drop(self, name: str) -> None:
         """Forget an entry that turned out to be damaged."""
@@ -92,3 +98,14 @@ class ImageCache:
                 if number % CHECKED_EVERY == 0 and not self._is_short():
                     break
                 path.unlink(missing_ok=True)
+
+
+def _write(path: str, data: bytes) -> None:
+    """With no more calls than it takes: each gives up the interpreter's lock, and waits for it again."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(file, rest) :]
+    finally:
+        os.close(file)

@@ -5,6 +5,8 @@ instance each.
 """
 
 import asyncio
+import contextlib
+import functools
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +28,7 @@ from dragonclf.engine import published
 from dragonclf.train.cache import ImageCache
 
 PREFETCH_BATCHES = 3
+MAX_FETCHES = 32  # images that are read from S3, or wait to be decoded, at one time
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 T = TypeVar("T")
@@ -100,8 +103,7 @@ class Images:
         self._size_at, self._cache = size_at, cache
         self._digests = table["sha256"].to_pylist() if "sha256" in table.column_names else None
         self._pool = ThreadPoolExecutor(num_threads, "decode")
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, daemon=True, name="fetch").start()
+        self._fetches = asyncio.Semaphore(MAX_FETCHES)
 
     @classmethod
     def of_split(
@@ -117,7 +119,7 @@ class Images:
     def batches(self, indices: Iterable[np.ndarray], *, epoch: int) -> Iterator[Batch]:
         ahead: list[tuple[np.ndarray, list[Future[torch.Tensor]]]] = []
         for batch in indices:
-            ahead.append((batch, [self._pool.submit(self._read, int(sample), epoch) for sample in batch]))
+            ahead.append((batch, [self._begin(int(sample), epoch) for sample in batch]))
             if len(ahead) > PREFETCH_BATCHES:
                 yield self._collect(*ahead.pop(0))
         for waiting in ahead:
@@ -126,43 +128,61 @@ class Images:
     def _collect(self, batch: np.ndarray, pending: list[Future[torch.Tensor]]) -> Batch:
         return torch.stack([image.result() for image in pending]), self.targets[torch.from_numpy(batch)]
 
-    def _read(self, sample: int, epoch: int) -> torch.Tensor:
+    def _begin(self, sample: int, epoch: int) -> Future[torch.Tensor]:
+        """An image to come. What is on this node is read by the thread that decodes it, the rest while others are decoded."""
         uri = self._uris[sample]
-        try:
-            if self._seed is None:
-                return self._for_eval(sample)
-            image = self._for_crops(sample)
-        except (images.ImageError, storage.ObjectMissingError) as error:
-            raise _lost(uri, str(error)) from error
+        if not storage.is_s3(uri) or (self._cache and self._digests and self._cache.has(self._entry(sample))):
+            return self._pool.submit(self._read, sample, epoch)
+        return asyncio.run_coroutine_threadsafe(self._fetch(sample, epoch), _fetch_loop())
+
+    async def _fetch(self, sample: int, epoch: int) -> torch.Tensor:
+        async with self._fetches:  # until it is decoded, so that encoded images are few
+            with _loss_told(self._uris[sample]):
+                data = (await storage.fetch(self._uris[sample]))[0]
+            return await asyncio.get_running_loop().run_in_executor(self._pool, self._read, sample, epoch, data)
+
+    def _read(self, sample: int, epoch: int, data: bytes | None = None) -> torch.Tensor:
+        """`data` is the object, if it was read."""
+        with _loss_told(self._uris[sample]):
+            image = (self._for_eval if self._seed is None else self._for_crops)(sample, data)
+        if self._seed is None:
+            return image
         size = self._size_at(epoch) if self._size_at else None
         return self._transform.for_train(
             image, seed=self._seed, epoch=epoch, sample=sample, augment=self._augment, size=size
         )
 
-    def _for_eval(self, sample: int) -> torch.Tensor:
+    def _for_eval(self, sample: int, data: bytes | None) -> torch.Tensor:
         """What scoring sees; cached as pixels."""
         shape = (3, self._transform.size, self._transform.size)
 
         def made() -> bytes:
-            image = images.decode(self._get(sample), min_side=self._transform.min_side)
+            image = images.decode(self._get(sample, data), min_side=self._transform.min_side)
             return self._transform.for_eval(image).contiguous().numpy().tobytes()
 
         def opened(pixels: bytes) -> torch.Tensor:
             return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).reshape(shape)
 
-        return self._cached(sample, f"eval-{self._transform.digest}", made, opened)
+        return self._cached(sample, made, opened, look=data is None)
 
-    def _for_crops(self, sample: int) -> torch.Tensor:
+    def _for_crops(self, sample: int, data: bytes | None) -> torch.Tensor:
         """The image, no larger than crops need; cached as it came, or smaller."""
         side = self._transform.min_side
         made = partial(images.reduced, min_side=side) if side else bytes
-        return self._cached(sample, f"crops-{side}", lambda: made(self._get(sample)), images.decode)
+        return self._cached(sample, lambda: made(self._get(sample, data)), images.decode, look=data is None)
 
-    def _cached(self, sample: int, kind: str, made: Callable[[], bytes], opened: Callable[[bytes], T]) -> T:
+    def _entry(self, sample: int) -> str:
+        """The name in the cache of what `_for_eval` or `_for_crops` keep."""
+        assert self._digests
+        kind = f"eval-{self._transform.digest}" if self._seed is None else f"crops-{self._transform.min_side}"
+        return f"{self._digests[sample]}-{kind}"
+
+    def _cached(self, sample: int, made: Callable[[], bytes], opened: Callable[[bytes], T], *, look: bool) -> T:
+        """What is `opened` of the cache's entry, which is `made` first if it is not there, or not looked for."""
         if self._cache is None or self._digests is None or not storage.is_s3(self._uris[sample]):
             return opened(made())
-        name = f"{self._digests[sample]}-{kind}"
-        data = self._cache.get(name)
+        name = self._entry(sample)
+        data = self._cache.get(name) if look else None
         if data is not None:
             try:
                 return opened(data)
@@ -173,13 +193,27 @@ class Images:
         self._cache.put(name, data)
         return found
 
-    def _get(self, sample: int) -> bytes:
-        uri = self._uris[sample]
-        # `fetch` costs a third of what `get` does, and wants an event loop.
-        data = asyncio.run_coroutine_threadsafe(storage.fetch(uri), self._loop).result()[0]
+    def _get(self, sample: int, data: bytes | None) -> bytes:
+        data = storage.get(self._uris[sample]) if data is None else data
         if self._digests and hashlib.sha256(data).hexdigest() != self._digests[sample]:
             raise images.ImageError("changed", "another image is there now")
         return data
+
+
+@functools.cache
+def _fetch_loop() -> asyncio.AbstractEventLoop:
+    """Where this process reads from S3: `fetch` costs a third of what `get` does, and wants an event loop."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True, name="fetch").start()
+    return loop
+
+
+@contextlib.contextmanager
+def _loss_told(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except (images.ImageError, storage.ObjectMissingError) as error:
+        raise _lost(uri, str(error)) from error
 
 
 def _parts_of(run_uri: str, split: str) -> Iterator[pa.Table]:

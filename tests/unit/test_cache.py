@@ -1,5 +1,6 @@
 """The cache of images on a training node's disk."""
 
+import asyncio
 import os
 import shutil
 import threading
@@ -16,7 +17,7 @@ from dragonclf.data import images
 from dragonclf.data.transforms import Transform
 from dragonclf.train import cache
 from dragonclf.train.cache import ImageCache
-from dragonclf.train.data import Images
+from dragonclf.train.data import MAX_FETCHES, Images
 from tests.conftest import encoded
 
 HALF = (0.5, 0.5, 0.5)
@@ -29,11 +30,22 @@ class Bucket:
 
     def __init__(self, objects: dict[str, bytes], monkeypatch: pytest.MonkeyPatch):
         self.objects, self.reads = objects, dict.fromkeys(objects, 0)
+        self.num_fetches = self.most_fetches = 0  # at one time
         monkeypatch.setattr(storage, "fetch", self.fetch)
+        monkeypatch.setattr(storage, "get", self.get)
 
     async def fetch(self, uri: str) -> tuple[bytes, str]:
+        self.num_fetches += 1
+        self.most_fetches = max(self.most_fetches, self.num_fetches)
+        await asyncio.sleep(0.01)
+        self.num_fetches -= 1
+        return self.get(uri), ""
+
+    def get(self, uri: str) -> bytes:
+        if uri not in self.objects:
+            raise storage.ObjectMissingError(f"there is no {uri}")
         self.reads[uri] += 1
-        return self.objects[uri], ""
+        return self.objects[uri]
 
 
 @pytest.fixture
@@ -64,6 +76,22 @@ def test_each_image_is_read_once_and_the_pixels_stay(seed: int | None, bucket: B
     assert all(torch.equal(a, b) for a, b in zip(uncached, cached, strict=True))
     assert torch.equal(read(samples(bucket, ImageCache(tmp_path), seed=seed), 1), uncached[1])  # a later run
     assert set(bucket.reads.values()) == {4}
+
+
+def test_images_are_read_while_others_are_decoded_but_not_too_many(monkeypatch: pytest.MonkeyPatch):
+    bucket = Bucket({f"s3://b/{i}.jpg": encoded(seed=i) for i in range(100)}, monkeypatch)
+    read(samples(bucket, None, seed=0), 0)
+    assert 10 < bucket.most_fetches <= MAX_FETCHES  # by two decoding threads
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+def test_an_image_that_is_gone_is_named(seed: int | None, bucket: Bucket, tmp_path: Path):
+    of = samples(bucket, ImageCache(tmp_path), seed=seed)
+    del bucket.objects["s3://b/1.jpg"]
+    with pytest.raises(
+        ValueError, match=r"s3://b/1\.jpg was usable when .*there is no s3://b/1\.jpg.*index the images again"
+    ):
+        read(of, 0)
 
 
 def test_large_images_are_kept_smaller(bucket: Bucket, tmp_path: Path):

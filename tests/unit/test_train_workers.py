@@ -15,10 +15,11 @@ from tests.unit.test_learner import INFO
 
 
 def job(features_uri: str | None = "/features") -> worker.TrainJob:
+    recipe = train_workers.recipe(TrainConfig(data="/data", arch="resnet18", out="/out"))
     transform = zoo.transform_for(zoo.load_pretrained("resnet18", "none"), size=64)
     return worker.TrainJob(
         run_uri="/run", snapshot=Snapshot(uri="/data/snapshots/0", info=INFO), features_uri=features_uri, views_uri=None, arch="resnet18",
-        pretrained="none", backbone_digest="", transform=transform, recipe=train_workers.recipe(TrainConfig(data="/data", arch="resnet18", out="/out")),
+        pretrained="none", backbone_digest="", transform=transform, recipe=recipe,
         regularization={}, find_lr=False, num_threads=1, cache=False, cache_dir=None,
     )  # fmt: skip
 
