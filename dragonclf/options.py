@@ -26,9 +26,9 @@ def given(context: typer.Context, values: dict[str, Any], *, defaults: dict[str,
 
 
 def arguments(config: BaseModel) -> list[str]:
-    """The command-line arguments that give this config: positional ones, then those that are not the default."""
+    """The command-line arguments that give this config: positional ones, then options that were given or follow from one."""
     fields = type(config).model_fields
-    chosen = [name for name in fields if getattr(config, name) != fields[name].default]
+    chosen = [name for name in fields if name in config.model_fields_set and getattr(config, name) is not None]
     found = [str(getattr(config, name)) for name in chosen if _is_positional(fields[name])]
     for name in chosen:
         value = getattr(config, name)

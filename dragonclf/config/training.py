@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from dragonclf.config import recipes
 from dragonclf.config.shared import Config, ExecutionConfig, RayConfig, ReadingConfig
 
+LR_OF_ALL_LAYERS = 0.001
 # What means nothing for a head on features.
 _OF_ALL_LAYERS = (
     "freeze_epochs", "freeze_to", "layer_decay", "amp", "mixup", "cutmix", "start_size", "drop", "drop_path", "batch_norm", "compile",
@@ -27,7 +28,8 @@ class RecipeConfig(Config):
     )
     lr: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         default=0.01,
-        description="Greatest learning rate of the one-cycle schedule. About 0.01 for the head, 0.001 for all. auto: found by a sweep.",
+        description="Greatest learning rate of the one-cycle schedule, by default 0.01, and 0.001 with no-precompute. auto: found by a "
+        "sweep.",
     )
     layer_decay: float = Field(
         default=1.0,
@@ -217,10 +219,13 @@ class TrainConfig(RecipeConfig, RayConfig, ExecutionConfig, ReadingConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _add_recipe(cls, given: Any) -> Any:
-        if isinstance(given, dict) and isinstance(given.get("recipe"), str) and given["recipe"]:
-            return recipes.read(given["recipe"], cls.model_fields).train | given
-        return given
+    def _fill_in(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        if isinstance(given.get("recipe"), str) and given["recipe"]:
+            given = recipes.read(given["recipe"], cls.model_fields).train | given
+        # What suits a head destroys pretrained layers.
+        return given if given.get("precompute", True) else {"lr": LR_OF_ALL_LAYERS} | given
 
     @model_validator(mode="after")
     def _check_workers(self) -> "TrainConfig":

@@ -230,6 +230,7 @@ def _save_bundle(config: TrainConfig, job: worker.TrainJob, args: dict[str, Any]
     temperature = chosen["temperature"] if config.calibrate else 1.0
     classifier = zoo.classifier(model)
     classifier.load_state_dict({name: tensor / temperature for name, tensor in classifier.state_dict().items()})
+    _say_no_better(chosen["valid_accuracy"], job.snapshot)
     figures = {key: chosen[key] for key in ("train_loss", "valid_loss", "valid_accuracy", "valid_ece")}
     if config.calibrate:
         figures["valid_ece_calibrated"] = chosen["valid_ece_calibrated"]
@@ -246,6 +247,18 @@ def _save_bundle(config: TrainConfig, job: worker.TrainJob, args: dict[str, Any]
         canaries=encoded, pretrained=job.pretrained, snapshot=job.snapshot.uri, config=args,
         temperature=temperature, thresholds=chosen_thresholds, metrics=figures, atomic=not config.at_least_once,
     )  # fmt: skip
+
+
+def _say_no_better(accuracy: float, snapshot: Snapshot) -> None:
+    """Warn of a model that looks at no image: too high a learning rate ends in one, and nothing else need show it."""
+    counts = snapshot.info.splits["valid"]
+    name = max(counts, key=lambda name: counts[name])
+    share = counts[name] / sum(counts.values())
+    if accuracy <= share:
+        log.warning(
+            "the model is no better than to answer %r always: valid accuracy %.4f, and %.4f of the images are that; a lower --lr, "
+            "--clip-grad 1 or, with --no-precompute, --layer-decay 0.9 may help", name, accuracy, share,
+        )  # fmt: skip
 
 
 def _thresholds(choices: list[thresholds.Choice], job: worker.TrainJob) -> dict[str, float]:

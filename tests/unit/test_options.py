@@ -107,6 +107,19 @@ def test_an_option_that_is_a_number_or_a_word(given: str, lr: float | str):
     assert options.arguments(made)[1:3] == ["--lr", str(lr)]
 
 
+@pytest.mark.parametrize(
+    ("options_given", "lr"),
+    [({}, 0.01), ({"precompute": False}, 0.001), ({"precompute": False, "lr": 0.01}, 0.01), ({"precompute": True, "lr": 0.02}, 0.02)],
+)  # fmt: skip
+def test_the_learning_rate_suits_what_is_trained(options_given: dict[str, Any], lr: float):
+    made = config.TrainConfig.model_validate({"data": "/d", "out": "/o"} | options_given)
+    assert made.lr == lr
+    received: list[BaseModel] = []
+    result = CliRunner().invoke(app_of(config.TrainConfig, received), options.arguments(made))
+    assert result.exit_code == 0, result.output
+    assert received == [made]
+
+
 def test_replaced_defaults():
     [parameter] = [p for p in options.parameters(config.IndexConfig, defaults={"out": "o"}) if p.name == "out"]
     assert parameter.default == "o"

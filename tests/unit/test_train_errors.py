@@ -3,7 +3,10 @@
 import pytest
 
 from dragonclf import storage
+from dragonclf.data.snapshot import Snapshot
+from dragonclf.verbs.train import _say_no_better
 from dragonclf.verbs.train_workers import _cause
+from tests.unit.test_learner import INFO
 
 LOST = "Training failed due to worker errors:\n[Rank 0 Error Snippet]:\n{}\nSee the log"
 # As Ray 2.60 has it.
@@ -25,3 +28,13 @@ def test_the_cause_is_what_the_worker_said(told: str, kind: type[Exception], tex
     assert isinstance(found, kind)
     with pytest.raises(kind, match=text):
         raise found
+
+
+@pytest.mark.parametrize(("accuracy", "is_told"), [(0.6, True), (0.5, True), (0.61, False)])
+def test_a_model_that_looks_at_no_image_is_told(accuracy: float, is_told: bool, caplog: pytest.LogCaptureFixture):
+    info = INFO.model_copy(
+        update={"splits": {"train": {"drogon": 1, "viserion": 9}, "valid": {"drogon": 6, "viserion": 4}}}
+    )
+    _say_no_better(accuracy, Snapshot(uri="/data/snapshots/0", info=info))
+    told = "no better than to answer 'drogon' always: valid accuracy 0.6000, and 0.6000 of the images are that; a lower --lr"
+    assert (told.replace("accuracy 0.6000", f"accuracy {accuracy:.4f}") in caplog.text) == is_told
