@@ -13,7 +13,7 @@ import logging
 import signal
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +30,7 @@ from dragonclf.storage import StorageError
 
 log = logging.getLogger("dragonclf")
 
+MAX_LISTED = 40  # classes, say; --json has all
 MAX_WIDTH = 10_000  # of a table: URIs are printed whole, and it is the terminal that breaks lines
 
 
@@ -229,13 +230,19 @@ def _cells(row: BaseModel) -> dict[str, Any]:
 
 def _text(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(
+        return _listed(
             f"{key} {_text(item)}" if not isinstance(item, dict) else f"{key}: {_text(item)};"
             for key, item in value.items()
         )
     if isinstance(value, list | tuple):
-        return ", ".join(map(_text, value))
+        return _listed(map(_text, value))
     return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+
+
+def _listed(texts: Iterable[str]) -> str:
+    found = list(texts)
+    more = [f"... ({len(found):,} in all)"] if len(found) > MAX_LISTED else []
+    return ", ".join([*found[:MAX_LISTED], *more])
 
 
 for _verb in VERBS.values():

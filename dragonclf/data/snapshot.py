@@ -8,6 +8,7 @@ OUT/snapshots/_latest.json                  pointer to the newest
 import hashlib
 import itertools
 import json
+import logging
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,6 +20,9 @@ from pydantic import BaseModel, Field
 from dragonclf import storage
 from dragonclf.data import tables
 
+log = logging.getLogger("dragonclf")
+
+MAX_NAMED = 5  # classes in a warning
 INFO, FOLDER, LATEST = "snapshot.json", "snapshots", "_latest.json"
 COLUMNS = ("uri", "etag", "size", "label", "split", "group", "width", "height", "sha256", "status", "error")
 SPLITS = ("train", "valid", "test")
@@ -134,15 +138,22 @@ def _check_classes(source: str, classes: list[str], splits: dict[str, dict[str, 
             raise ValueError(
                 f"class {label!r} has no image that can be read: see the statuses above, or remove the class"
             )
-        for split, remedy in (
-            ("train", "lower --valid-fraction"),
-            ("valid", "raise --valid-fraction, or change --seed"),
-        ):
-            if not counts[split]:
-                word = "training" if split == "train" else "validation"
-                raise ValueError(
-                    f"class {label!r} has no {word} image ({sum(counts.values())} in all): add images, {remedy}, or put some in {split}/"
-                )
+        if not counts["train"]:
+            raise ValueError(
+                f"class {label!r} has no training image ({sum(counts.values())} in all): add images, lower --valid-fraction, or put some "
+                "in train/"
+            )
+    unseen = [label for label in classes if not splits["valid"][label]]
+    if len(unseen) == len(classes):
+        raise ValueError(
+            f"{source} has no validation image: add images, raise --valid-fraction, or change --seed, or put some in valid/"
+        )
+    if unseen:
+        log.warning(
+            "no validation image tells how well %d of %d classes are learnt (%s): add images, raise --valid-fraction, or put some in "
+            "valid/",
+            len(unseen), len(classes), ", ".join(map(repr, unseen[:MAX_NAMED])) + (", ..." if len(unseen) > MAX_NAMED else ""),
+        )  # fmt: skip
 
 
 def _write(out_uri: str, db: duckdb.DuckDBPyConnection, folder: Path, facts: dict) -> Snapshot:

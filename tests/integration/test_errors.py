@@ -75,13 +75,13 @@ def test_one_class_only(tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
-def test_class_without_a_validation_image(photos: Path, tmp_path: Path):
+def test_no_validation_image(photos: Path, tmp_path: Path):
     out = tmp_path / "out"
     done = commands.run("index", str(photos), "--out", str(out), "--valid-fraction", "0.000001")
     assert (done.returncode, done.stdout, "Traceback" in done.stderr) == (USAGE, "", False), done.stderr
     [line] = [line for line in done.stderr.splitlines() if line.startswith("dragonclf: error: ")]
     assert done.stderr.splitlines()[-1] == line
-    assert "class 'blue' has no validation image" in line
+    assert "photos has no validation image: add images, raise --valid-fraction" in line
     assert not (out / "snapshots").exists()
 
 

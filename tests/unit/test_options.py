@@ -10,7 +10,7 @@ import typer
 from pydantic import BaseModel, ValidationError
 from typer.testing import CliRunner
 
-from dragonclf import config, options
+from dragonclf import cli, config, options
 from dragonclf.cli import VERBS
 
 CONFIGS = [verb.config for verb in VERBS.values()]
@@ -160,3 +160,15 @@ def test_a_validation_error_in_one_line(config_type: type[BaseModel], given: dic
     assert "pydantic" not in text
     for part in parts:
         assert part in text
+
+
+def test_a_summary_names_many_classes_by_the_first(capsys: pytest.CaptureFixture[str]):
+    class Summary(BaseModel):
+        classes: list[str]
+        counts: dict[str, int]
+
+    names = [f"c{i:04}" for i in range(1_000)]
+    cli._print(Summary(classes=names, counts=dict.fromkeys(names, 1)))
+    classes, counts = capsys.readouterr().out.splitlines()
+    assert classes.endswith("c0038, c0039, ... (1,000 in all)")
+    assert counts.endswith("c0038 1, c0039 1, ... (1,000 in all)")

@@ -150,7 +150,10 @@ def test_unlabelled_images_are_listed_and_never_trained_on(tmp_path: Path):
         ([image("1", None)], "/in has no labelled image"),
         ([*images(20), image("emu/1", "emu", status="unreadable")], "class 'emu' has no image that can be read"),
         ([*images(20), image("emu/1", "emu", split="valid")], r"class 'emu' has no training image \(1 in all\)"),
-        ([*images(20), image("emu/1", "emu", split="train")], r"class 'emu' has no validation image \(1 in all\)"),
+        (
+            [image("cat/1", "cat", split="train"), image("emu/1", "emu", split="train")],
+            "/in has no validation image: add images",
+        ),
         ([*images(20), image("emu/1", "emu", split="test")], r"class 'emu' has no training image \(1 in all\)"),
     ],
 )
@@ -160,6 +163,13 @@ def test_classes_that_cannot_be_trained_on_are_refused_with_nothing_written(
     with pytest.raises(ValueError, match=message):
         write(tmp_path, rows)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_class_without_a_validation_image_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    rows = [image(f"{name}/1", name, split="train") for name in ("emu", "gnu", "hen", "jay", "kea", "owl")]
+    made = write(tmp_path, [*images(20), *rows])
+    assert made.info.splits["valid"]["emu"] == 0
+    assert "how well 6 of 8 classes are learnt ('emu', 'gnu', 'hen', 'jay', 'kea', ...): add images" in caplog.text
 
 
 def test_open_by_folder_or_by_pointer(tmp_path: Path):
