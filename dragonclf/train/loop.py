@@ -5,6 +5,7 @@ same numbers.
 """
 
 import gc
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -71,7 +72,7 @@ def fit(
                 ) from error
             trained_s = time.monotonic() - started_s
             done = Done(epoch + 1)
-            validated, choices = _validate(trainer.result, valid, recipe, rank, world_size, device)
+            validated, choices = _validate(trainer.result, valid, recipe, epoch, rank, world_size, device)
             row = {
                 "epoch": epoch + 1,
                 "train_loss": loss,
@@ -91,7 +92,7 @@ def fit(
 
 @torch.no_grad()
 def _validate(
-    model: nn.Module, valid: Samples, recipe: Recipe, rank: int, world_size: int, device: torch.device
+    model: nn.Module, valid: Samples, recipe: Recipe, epoch: int, rank: int, world_size: int, device: torch.device
 ) -> tuple[dict[str, float], list[thresholds.Choice]]:
     """Loss, accuracy and calibration over all validation images, each counted once whatever the number of workers; thresholds by class."""
     share_buffers(model)
@@ -109,6 +110,8 @@ def _validate(
         sums[1] += (logits.argmax(1) == targets).sum()
         sums[2] += len(targets)
     loss, correct, count = reduced(sums).tolist()
+    if not math.isfinite(loss):  # the epoch's last step did it: its loss was measured before
+        raise ValueError(f"the loss of the validation images is {loss} after epoch {epoch + 1}: lower --lr")
     none = torch.zeros(0, 1, device=device), torch.zeros(0, dtype=torch.int64, device=device)
     logits, targets = (torch.cat(tensors) for tensors in zip(*(kept or [none]), strict=True))
     found = calibration.calibrate(logits, targets, reduced)

@@ -5,12 +5,15 @@ import os
 import tempfile
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import ray
 import ray.exceptions
 import ray.train
 import ray.train.torch
 import torch
+from ray.train import Result
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy
 
 from dragonclf import session, storage
 from dragonclf.config import TrainConfig
@@ -130,6 +133,19 @@ class _Trainer(ray.train.torch.TorchTrainer):
 
     def _register_sigint_handler(self, controller: object) -> None:
         pass
+
+    def _initialize_and_run_controller(self, **given: Any) -> Result:
+        policy = _Policy(given["failure_policy"].failure_config)
+        return super()._initialize_and_run_controller(**given | {"failure_policy": policy})
+
+
+class _Policy(DefaultFailurePolicy):
+    """Tells at once what a user has to mend: the next try would end as the first one did."""
+
+    def _is_retryable_error(self, training_failed_error: ray.train.TrainingFailedError) -> bool:
+        return super()._is_retryable_error(training_failed_error) and not isinstance(
+            _cause(training_failed_error), ValueError
+        )
 
 
 def _cause(error: BaseException) -> Exception:

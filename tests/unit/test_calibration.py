@@ -78,7 +78,7 @@ def test_of_many_images_those_that_are_kept_are_of_all_classes(monkeypatch: pyte
     samples = Samples(logits[order].float(), targets[order])
     monkeypatch.setattr(calibration, "MAX_IMAGES", 60)
     recipe = Recipe(epochs=1, lr=1, weight_decay=0, global_batch_size=1, seed=0)
-    found, _ = loop._validate(torch.nn.Identity(), samples, recipe, 0, 1, torch.device("cpu"))
+    found, _ = loop._validate(torch.nn.Identity(), samples, recipe, 0, 0, 1, torch.device("cpu"))
     wanted = calibrate(samples.logits[::3], samples.targets[::3], alone)
     assert {key: found[key] for key in wanted} == wanted
     assert found["valid_accuracy"] == float((logits.argmax(1) == targets).double().mean())

@@ -156,6 +156,12 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_no_checkpoint(tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_last_step_that_goes_too_far_is_told(tmp_path: Path):
+    one_step = RECIPE.model_copy(update={"lr": 1e37, "global_batch_size": 128})
+    with pytest.raises(ValueError, match=r"the loss of the validation images is (nan|inf) after epoch \d: lower --lr"):
+        fit(str(tmp_path), recipe=one_step)
+
+
 def test_the_best_epoch_is_kept_beside_the_newest(tmp_path: Path):
     fit(str(tmp_path), recipe=RECIPE.model_copy(update={"lr": 3.0}))  # so high that epochs come out differently
     rows = checkpoint.read_results(str(tmp_path))

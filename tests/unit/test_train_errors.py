@@ -1,11 +1,13 @@
 """What a user is told when Ray says that training failed."""
 
 import pytest
+from ray.train import FailureConfig, WorkerGroupError
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
 
 from dragonclf import storage
 from dragonclf.data.snapshot import Snapshot
 from dragonclf.verbs.train import _say_no_better
-from dragonclf.verbs.train_workers import _cause
+from dragonclf.verbs.train_workers import _cause, _Policy
 from tests.unit.test_learner import INFO
 
 LOST = "Training failed due to worker errors:\n[Rank 0 Error Snippet]:\n{}\nSee the log"
@@ -28,6 +30,19 @@ def test_the_cause_is_what_the_worker_said(told: str, kind: type[Exception], tex
     assert isinstance(found, kind)
     with pytest.raises(kind, match=text):
         raise found
+
+
+@pytest.mark.parametrize(
+    ("told", "decision"),
+    [
+        ("ValueError: the loss is nan in epoch 2: lower --lr", FailureDecision.RAISE),
+        (NO_MEMORY, FailureDecision.RETRY),
+        ("dragonclf.storage.errors.StorageError: cannot read s3://a/b: timeout", FailureDecision.RETRY),
+        ("the worker is gone", FailureDecision.RETRY),
+    ],
+)
+def test_what_a_user_has_to_mend_is_not_tried_again(told: str, decision: FailureDecision):
+    assert _Policy(FailureConfig(max_failures=1)).make_decision(WorkerGroupError(told, {})) == decision
 
 
 @pytest.mark.parametrize(("accuracy", "is_told"), [(0.6, True), (0.5, True), (0.61, False)])
