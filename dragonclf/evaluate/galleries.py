@@ -142,12 +142,12 @@ def captions(rows: pd.DataFrame, *, classes: list[str]) -> list[Caption]:
     ]
 
 
-def read_pictures(galleries: Iterable[Gallery]) -> dict[str, Picture]:
-    """Return the picture of every uri in the galleries, each read once, its longest side at most `PICTURE_SIDE` pixels.
+def read_pictures(galleries: Iterable[Gallery], *, others: Iterable[str] = ()) -> dict[str, Picture]:
+    """Return the picture of every uri in the galleries and in `others`, each read once, its longest side at most `PICTURE_SIDE` pixels.
 
     An image that is gone or cannot be decoded gives the reason instead. Every other error of the store is raised.
     """
-    uris = sorted({uri for gallery in galleries for uri in gallery.rows["uri"].tolist()})
+    uris = sorted({uri for gallery in galleries for uri in gallery.rows["uri"].tolist()} | set(others))
     with ThreadPoolExecutor(READ_THREADS) as pool:
         return dict(zip(uris, pool.map(_read_picture, uris), strict=True))
 

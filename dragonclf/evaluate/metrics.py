@@ -12,9 +12,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torchmetrics.functional.classification import (
     binary_auroc,
-    multiclass_calibration_error,
     multiclass_confusion_matrix,
 )
+
+from dragonclf.evaluate import curves
 
 MIN_PROB = float(np.finfo(np.float32).eps)  # keeps the log loss finite, as scikit-learn does for float32 probabilities
 Z_95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
@@ -90,7 +91,7 @@ def classification_metrics(targets: np.ndarray, *, probs: np.ndarray, classes: l
         accuracy_interval=wilson_interval(num_correct, num_trials=num_images),
         auroc=_auroc(targets, probs),
         log_loss=float(-np.log(prob_of_truth.clip(MIN_PROB)).mean()),
-        ece=float(multiclass_calibration_error(torch.from_numpy(probs), truth, num_classes=len(classes), n_bins=15)),
+        ece=curves.reliability(targets, probs=probs).error,
         confusion=confusion.tolist(),
         per_class=[_class_metrics(confusion, index, name) for index, name in enumerate(classes)],
     )

@@ -15,7 +15,8 @@ from PIL import Image, ImageDraw
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from dragonclf.evaluate.galleries import MAX_GALLERY_CLASSES, MAX_PER_GALLERY
-from dragonclf.evaluate.report import MAX_LISTED, MAX_MATRIX_CLASSES, MAX_REPORT_BYTES, write_evaluation
+from dragonclf.evaluate.page import MAX_LISTED, MAX_MATRIX_CLASSES, MAX_REPORT_BYTES, Origin
+from dragonclf.evaluate.report import write_evaluation
 
 # torchvision warns in each decoder; `decode` hides it with catch_warnings, which does not hold across threads
 
@@ -88,7 +89,9 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, 
     surest = good[good["input_label"] == "viserion"].sort_values("prob_viserion").iloc[-1]
     Path(surest["uri"]).write_bytes(Path(surest["uri"]).read_bytes()[:200])
     out = tmp_path_factory.mktemp("evaluation")
-    write_evaluation(frame, classes=CLASSES, out_uri=str(out), title="Drogon or <viserion>?", facts=FACTS)
+    write_evaluation(
+        frame, classes=CLASSES, out_uri=str(out), title="Drogon or <viserion>?", origin=Origin(facts=FACTS)
+    )
     return frame, out
 
 
@@ -133,7 +136,9 @@ def test_the_files(evaluation: tuple[pd.DataFrame, Path]) -> None:
 
 def test_the_same_evaluation_again_gives_the_same_page(evaluation: tuple[pd.DataFrame, Path], tmp_path: Path) -> None:
     frame, out = evaluation
-    write_evaluation(frame, classes=CLASSES, out_uri=str(tmp_path), title="Drogon or <viserion>?", facts=FACTS)
+    write_evaluation(
+        frame, classes=CLASSES, out_uri=str(tmp_path), title="Drogon or <viserion>?", origin=Origin(facts=FACTS)
+    )
     assert (tmp_path / "report.html").read_bytes() == (out / "report.html").read_bytes()
 
 
@@ -200,10 +205,10 @@ def test_the_galleries_in_a_browser(evaluation: tuple[pd.DataFrame, Path], brows
     frame, out = evaluation
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.goto((out / "report.html").as_uri())
-    assert page.locator("section.gallery h2").all_inner_texts() == [
+    assert page.locator("section.gallery h3").all_inner_texts() == [
         "Random correct", "Random incorrect", "Most correct", "Most incorrect", "Most uncertain",
     ]  # fmt: skip
-    assert f"Most incorrect: {SCRIPT}" in page.locator("section.gallery h3").all_inner_texts()
+    assert f"Most incorrect: {SCRIPT}" in page.locator("section.gallery h4").all_inner_texts()
     widths = page.locator("section.gallery img").evaluate_all("all => all.map(one => one.naturalWidth)")
     assert len(widths) > 20
     assert set(widths) == {224}
@@ -268,7 +273,7 @@ def test_no_mistakes_and_one_class_only(tmp_path: Path) -> None:
     frame = evaluated_frame(tmp_path, num_images=3, classes=["drogon", "viserion"])
     frame[["input_label", "prob_drogon", "prob_viserion"]] = ["drogon", 0.9, 0.1]
     metrics = write_evaluation(
-        frame, classes=["drogon", "viserion"], out_uri=str(tmp_path / "out"), title="t", facts={}
+        frame, classes=["drogon", "viserion"], out_uri=str(tmp_path / "out"), title="t", origin=Origin()
     )
     assert (metrics.accuracy, metrics.auroc) == (1.0, None)
     html = (tmp_path / "out" / "report.html").read_text()
@@ -285,7 +290,7 @@ def test_many_classes_and_many_pictures_stay_under_the_limit(tmp_path: Path) -> 
         Image.fromarray(noise[index % 60]).save(uri)
     out = tmp_path / "out"
     metrics = write_evaluation(
-        frame, classes=classes, out_uri=str(out), title="t", facts={}, per_gallery=MAX_PER_GALLERY
+        frame, classes=classes, out_uri=str(out), title="t", origin=Origin(), per_gallery=MAX_PER_GALLERY
     )
     html = (out / "report.html").read_text()
     assert 500_000 < len(html.encode()) <= MAX_REPORT_BYTES
@@ -313,7 +318,7 @@ def test_refusals_write_nothing(tmp_path: Path) -> None:
     out = tmp_path / "out"
 
     def write(rows: pd.DataFrame, **options: int) -> None:
-        write_evaluation(rows, classes=["drogon", "viserion"], out_uri=str(out), title="t", facts={}, **options)
+        write_evaluation(rows, classes=["drogon", "viserion"], out_uri=str(out), title="t", origin=Origin(), **options)
 
     with pytest.raises(
         ValueError, match=r"input_label 'rhaegal' .* classes \['drogon', 'viserion'\]: correct the labels"
