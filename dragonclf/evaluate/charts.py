@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from dragonclf.evaluate.curves import NUM_BINS, Ranking, Reliability, thinned
 
 WIDTH, HEIGHT = 340, 276  # pixels
-LEFT, TOP, PLOT_WIDTH, PLOT_HEIGHT = 56, 12, 270, 212
+LEFT, TOP, PLOT_WIDTH, PLOT_HEIGHT = 62, 12, 264, 212
 QUARTERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 HISTOGRAM_BINS = 20
 
@@ -27,8 +27,10 @@ class Axis:
 
     def share(self, values: np.ndarray) -> np.ndarray:
         """Places of values on the axis: 0 at its low end, 1 at its high one."""
-        scaled = [np.log10(part) if self.is_log else part for part in (values, self.low, self.high)]
-        return (scaled[0] - scaled[1]) / (scaled[2] - scaled[1])
+        low, high = self.low, self.high
+        if self.is_log:
+            values, low, high = np.log10(values), math.log10(low), math.log10(high)
+        return (values - low) / (high - low)
 
 
 @dataclass(frozen=True)

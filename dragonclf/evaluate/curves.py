@@ -22,7 +22,8 @@ class Ranking:
         """Area under the ROC curve. None where there is no image of the class, or none of the others."""
         if not (self.positives.any() and self.negatives.any()):
             return None
-        return float(np.trapezoid(*reversed(self.roc())))
+        false_rate, true_rate = self.roc()
+        return float(np.trapezoid(true_rate, false_rate))
 
     @property
     def average_precision(self) -> float | None:

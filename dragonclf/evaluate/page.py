@@ -178,13 +178,12 @@ def _reliability(counted: Counted, temperature: float) -> tuple[dict, float | No
     if temperature != 1:
         before = curves.reliability(counted.targets, probs=curves.uncalibrated(counted.probs, temperature=temperature))
     edges = np.linspace(0, 1, curves.NUM_BINS + 1).tolist()
-    columns = zip(
-        edges, edges[1:], now.num_images.tolist(), now.confidence.tolist(), now.accuracy.tolist(), strict=False
-    )
     table = [
-        {"low": low, "high": high, "num_images": count, "confidence": sure, "accuracy": right}
-        for low, high, count, sure, right in columns
-        if count
+        {
+            "low": edges[place], "high": edges[place + 1], "num_images": int(count),
+            "confidence": float(now.confidence[place]), "accuracy": float(now.accuracy[place]),
+        }
+        for place, count in enumerate(now.num_images) if count
     ]  # fmt: skip
     return {"chart": reliability_chart(now, before), "rows": table}, before.error if before else None
 

@@ -24,7 +24,7 @@ TYPES = ("<u1", "<u2", "<u4", "<f4", "<f8")
 
 @dataclass(frozen=True)
 class Listed:
-    """The M images, of the N counted, that the script can name: the wrong ones first, then by the probability of the truth, the least first."""
+    """The M images, of the N counted, that the script can name: the wrong ones first, then by the truth's probability, least first."""
 
     uris: list[str]
     targets: np.ndarray  # int (M,)

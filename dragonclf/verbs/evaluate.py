@@ -14,7 +14,9 @@ from dragonclf.data.snapshot import COLUMNS, Snapshot, open_snapshot, read_rows
 from dragonclf.engine import published
 from dragonclf.engine.layout import Layout
 from dragonclf.evaluate.metrics import counted_rows
+from dragonclf.evaluate.page import Origin
 from dragonclf.evaluate.report import write_evaluation
+from dragonclf.evaluate.training import Training
 from dragonclf.model import bundle
 from dragonclf.verbs.score import ScoreSummary, score_rows
 
@@ -44,27 +46,45 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
     """
     loaded, snapshot = bundle.load_bundle(config.model), open_snapshot(config.data)
     summary, frame = predict_split(config, loaded, snapshot)
-    return write_report(frame, config, loaded, snapshot, run_by=summary.execution)
+    return write_report(frame, config, loaded, snapshot, run_by=told_run(summary))
 
 
 def write_report(
-    frame: pd.DataFrame, config: EvaluateConfig, loaded: bundle.Bundle, snapshot: Snapshot, *, run_by: str
+    frame: pd.DataFrame,
+    config: EvaluateConfig,
+    loaded: bundle.Bundle,
+    snapshot: Snapshot,
+    *,
+    run_by: str,
+    training: Training | None = None,
 ) -> EvaluateSummary:
-    """Write what `evaluate` writes of the predictions `frame`, which `predict_split` or another gave. Raises as `write_evaluation` does."""
+    """Write what `evaluate` writes of the predictions `frame`, which `predict_split` or another gave. Raises as `write_evaluation` does.
+
+    `training` is the run that made the model, where the report is a part of it.
+    """
     coverage, accuracy = _accepted(frame, loaded.info)
     metrics = write_evaluation(
         frame,
         classes=loaded.info.classes,
         out_uri=config.out,
         title=f"{loaded.info.arch} on {storage.name(snapshot.info.source.removesuffix('/'))}",
-        facts={
-            "Model": f"{loaded.uri} (version {loaded.version})",
-            "Architecture": f"{loaded.info.arch}, weights from {loaded.info.pretrained}",
-            "Data": f"{snapshot.info.source}, snapshot {snapshot.info.id}",
-            "Split": config.split,
-            "Run by": run_by,
-            **({} if coverage is None else {"Thresholds": _told(coverage, accuracy)}),
-        },
+        origin=Origin(
+            facts={
+                "Model": f"{loaded.uri} (version {loaded.version})",
+                "Architecture": f"{loaded.info.arch}, weights from {loaded.info.pretrained}",
+                "Data": f"{snapshot.info.source}, snapshot {snapshot.info.id}",
+                "Split": config.split,
+                "Run by": run_by,
+                **({} if coverage is None else {"Thresholds": _told(coverage, accuracy)}),
+                "Trained on": f"{loaded.info.snapshot}, until {loaded.info.created}",
+                "Options of the training": {key: str(value) for key, value in loaded.info.config.items()},
+                "Versions": loaded.info.versions,
+            },
+            splits=snapshot.info.splits,
+            temperature=loaded.info.temperature,
+            thresholds=loaded.info.thresholds,
+            training=training,
+        ),
         seed=config.seed,
         per_gallery=config.per_gallery,
     )
@@ -98,6 +118,12 @@ def predict_split(
     input_id = {"snapshot": snapshot.info.id, "split": config.split}
     summary = score_rows(config, loaded, verb="evaluate", input_id=input_id, rows=rows, layout=Layout())
     return summary, frame_of(published.read_parts(summary.run), loaded.info.classes)
+
+
+def told_run(summary: ScoreSummary) -> str:
+    """How the predictions were made, and how fast if they were made now."""
+    rate = "" if summary.images_per_s is None else f", {summary.images_per_s:,.0f} images a second"
+    return f"{summary.execution}{rate}"
 
 
 def frame_of(tables: Iterable[pa.Table], classes: list[str]) -> pd.DataFrame:

@@ -13,16 +13,17 @@ from matplotlib.figure import Figure
 
 from dragonclf import storage
 from dragonclf.config import EvaluateConfig, ExecutionConfig, RayConfig, TrainConfig
-from dragonclf.data.snapshot import Snapshot, open_snapshot, read_rows
+from dragonclf.data.snapshot import COLUMNS, Snapshot, open_snapshot, read_rows
 from dragonclf.engine import published
 from dragonclf.engine.layout import ALWAYS, Layout
 from dragonclf.evaluate.galleries import image_bytes
+from dragonclf.evaluate.training import Sweep, Training
 from dragonclf.model import bundle, zoo
 from dragonclf.model.predictor import Head, softmax
 from dragonclf.train import checkpoint, lr_find, pictures
 from dragonclf.train.data import Images
 from dragonclf.train.order import Order
-from dragonclf.verbs.evaluate import evaluate, frame_of, write_report
+from dragonclf.verbs.evaluate import frame_of, predict_split, told_run, write_report
 from dragonclf.verbs.train_workers import recipe
 
 EVALUATION, MATRIX, REPORT = "evaluation", "confusion_matrix.png", "report.html"
@@ -52,10 +53,12 @@ def complete(
     what = {"model": model.uri, "data": snapshot.uri, "out": out, "max_error_rate": 1}
     evaluation = EvaluateConfig.model_validate(config.model_dump(include=SHARED) | what)
     if features_uri is None:
-        evaluate(evaluation)
+        summary, frame = predict_split(evaluation, model, snapshot)
+        run_by = told_run(summary)
     else:
         frame = predict_features(features_uri, model, snapshot, split=evaluation.split)
-        write_report(frame, evaluation, model, snapshot, run_by="the head, on the features that it was trained on")
+        run_by = "the head, on the features that it was trained on"
+    write_report(frame, evaluation, model, snapshot, run_by=run_by, training=training_of(run_uri))
     for name in (MATRIX, REPORT):
         storage.put(storage.join(run_uri, name), storage.get(storage.join(out, name)))
     return [*new, MATRIX, REPORT]
@@ -73,9 +76,20 @@ def results_figure(run_uri: str) -> Figure:
     return pictures.plot_results(rows, curve)
 
 
+def training_of(run_uri: str) -> Training:
+    """What such a run wrote down, for its report."""
+    rows, curve = (checkpoint.read_results(run_uri, name) for name in (checkpoint.RESULTS, checkpoint.STEPS))
+    sweep = None
+    if storage.stat(storage.join(run_uri, lr_find.FOUND)):
+        found = lr_find.kept(run_uri)
+        sweep = Sweep(found.lrs, found.losses, found.smoothed, {"valley": found.valley, "steep": found.steep})
+    return Training(rows, curve, sweep)
+
+
 def predict_features(features_uri: str, model: bundle.Bundle, snapshot: Snapshot, *, split: str) -> pd.DataFrame:
-    """The rows that `predict_split` gives, within rounding, but for sizes: of features that were computed, and of what cannot be read."""
+    """The rows that `predict_split` gives, within rounding: of features that were computed, and of what cannot be read."""
     head, classes = Head(model.model), model.info.classes
+    facts: list[pd.DataFrame] = []
 
     def tables() -> Iterator[pa.Table]:
         for table in published.read_parts(features_uri):
@@ -87,8 +101,13 @@ def predict_features(features_uri: str, model: bundle.Bundle, snapshot: Snapshot
         for table in read_rows(snapshot, splits=[split], usable_only=False):
             rows = table.filter(pc.field("status") != "ok")
             yield pa.table({name: rows[name] for name in ALWAYS} | {"input_label": rows["label"]})
+            own = [name for name in table.column_names if name not in COLUMNS]
+            facts.append(table.select(["uri", "width", "height", *own]).to_pandas())
 
-    return frame_of(tables(), classes)
+    frame = frame_of(tables(), classes)
+    taken = {*frame.columns} - {"uri"}
+    known = pd.concat(facts).rename(columns=lambda name: f"input_{name}" if name in taken else name)
+    return frame.merge(known, on="uri", how="left", validate="one_to_one")
 
 
 def first_images(config: TrainConfig, count: int) -> tuple[torch.Tensor, list[str]]:

@@ -1,83 +1,41 @@
 """The written evaluation: its files, and its page as a browser shows it."""
 
+import base64
+import hashlib
 import io
 import json
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import sklearn.metrics
-from PIL import Image, ImageDraw
-from playwright.sync_api import Browser, Page, sync_playwright
+from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
+from playwright.sync_api import Browser, Page
 
 from dragonclf.evaluate.galleries import MAX_GALLERY_CLASSES, MAX_PER_GALLERY
 from dragonclf.evaluate.page import MAX_LISTED, MAX_MATRIX_CLASSES, MAX_REPORT_BYTES, Origin
 from dragonclf.evaluate.report import write_evaluation
+from tests.unit.evaluations import (
+    CLASSES,
+    CONTRASTS,
+    HOSTILE_COLUMN,
+    ODD_NAME,
+    SCRIPT,
+    bad_rows,
+    counted,
+    evaluated_frame,
+    opened,
+    shown,
+    value,
+)
 
-# torchvision warns in each decoder; `decode` hides it with catch_warnings, which does not hold across threads
-
-CHROMIUM = shutil.which("chromium")
-CHROMIUM_ARGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-    "--disable-sync", "--no-first-run",
-]  # fmt: skip
-SCRIPT = "<script>alert(1)</script>"
-CLASSES = [SCRIPT, "viserion"]
 FACTS = {"model": "dragons v3", "data set": 's3://bucket/"dragons" & co/', "split": "valid"}
-ODD_NAME = """it's a "drogon" #1 <b>дракон 100%.png"""
-
-
-def save_picture(path: Path, *, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    image = Image.new("RGB", (320, 240), tuple(rng.integers(60, 200, 3).tolist()))
-    left, top = rng.integers(0, 120, 2).tolist()
-    ImageDraw.Draw(image).ellipse((left, top, left + 150, top + 100), fill=tuple(rng.integers(0, 255, 3).tolist()))
-    image.save(path)
-
-
-def evaluated_frame(folder: Path, *, num_images: int, classes: list[str], seed: int = 0) -> pd.DataFrame:
-    """Real pictures in `folder`, with predictions that are right about three times in four."""
-    rng = np.random.default_rng(seed)
-    names = [ODD_NAME, *(f"image {i:03}.jpg" for i in range(1, num_images))]
-    targets = rng.integers(len(classes), size=num_images)
-    logits = rng.normal(size=(num_images, len(classes)))
-    logits[np.arange(num_images), targets] += 1.5
-    probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    for index, name in enumerate(names):
-        save_picture(folder / name, seed=index)
-    frame = pd.DataFrame(
-        {
-            "uri": [str(folder / name) for name in names],
-            "status": "ok",
-            "error": None,
-            "label": [classes[index] for index in probs.argmax(axis=1)],
-            "confidence": probs.max(axis=1),
-            "input_label": [classes[index] for index in targets],
-            "camera": "north",
-        }
-    )
-    return pd.concat([frame, pd.DataFrame(probs, columns=[f"prob_{name}" for name in classes])], axis=1)
-
-
-def bad_rows(folder: Path) -> pd.DataFrame:
-    """Two unreadable, one missing, one scored but without a true class."""
-    return pd.DataFrame(
-        {
-            "uri": [str(folder / name) for name in ("cut 1.jpg", "cut 2.jpg", "gone.jpg", "unlabelled.jpg")],
-            "status": ["unreadable", "unreadable", "missing", "ok"],
-            "error": ["cannot be decoded: <i>truncated</i>", "the file is empty", "it does not exist", None],
-            "label": [None, None, None, "viserion"],
-            "confidence": [None, None, None, 0.75],
-            "input_label": ["viserion", SCRIPT, "viserion", None],
-            "camera": "south",
-            f"prob_{SCRIPT}": [None, None, None, 0.25],
-            "prob_viserion": [None, None, None, 0.75],
-        }
-    )
+TEMPERATURE = 1.6
+SIZES = {"train": {SCRIPT: 1200, "viserion": 900}, "valid": {SCRIPT: 22, "viserion": 18}}
+ORIGIN = Origin(facts=FACTS | {"Versions": {"torch": "2.8 <b>"}}, splits=SIZES, temperature=TEMPERATURE)
 
 
 @pytest.fixture(scope="module")
@@ -89,16 +47,8 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, 
     surest = good[good["input_label"] == "viserion"].sort_values("prob_viserion").iloc[-1]
     Path(surest["uri"]).write_bytes(Path(surest["uri"]).read_bytes()[:200])
     out = tmp_path_factory.mktemp("evaluation")
-    write_evaluation(
-        frame, classes=CLASSES, out_uri=str(out), title="Drogon or <viserion>?", origin=Origin(facts=FACTS)
-    )
+    write_evaluation(frame, classes=CLASSES, out_uri=str(out), title="Drogon or <viserion>?", origin=ORIGIN)
     return frame, out
-
-
-def counted(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Targets and the probability of viserion, of the rows that count."""
-    rows = frame[(frame["status"] == "ok") & frame["input_label"].notna()]
-    return (rows["input_label"] == "viserion").to_numpy(dtype=int), rows["prob_viserion"].to_numpy(dtype=float)
 
 
 def calibration_error(targets: np.ndarray, viserion: np.ndarray) -> float:
@@ -136,69 +86,70 @@ def test_the_files(evaluation: tuple[pd.DataFrame, Path]) -> None:
 
 def test_the_same_evaluation_again_gives_the_same_page(evaluation: tuple[pd.DataFrame, Path], tmp_path: Path) -> None:
     frame, out = evaluation
-    write_evaluation(
-        frame, classes=CLASSES, out_uri=str(tmp_path), title="Drogon or <viserion>?", origin=Origin(facts=FACTS)
-    )
+    write_evaluation(frame, classes=CLASSES, out_uri=str(tmp_path), title="Drogon or <viserion>?", origin=ORIGIN)
     assert (tmp_path / "report.html").read_bytes() == (out / "report.html").read_bytes()
 
 
 def test_the_page_stands_alone(evaluation: tuple[pd.DataFrame, Path]) -> None:
     html = (evaluation[1] / "report.html").read_text()
     assert len(html.encode()) < MAX_REPORT_BYTES
-    assert "<script" not in html
+    scripts = re.findall(r"<script([^>]*)>(.*?)</script>", html, flags=re.DOTALL)
+    assert [attributes for attributes, _ in scripts] == [' type="application/json" id="data"', ""]
+    digest = base64.b64encode(hashlib.sha256(scripts[1][1].encode()).digest()).decode()
+    [policy] = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]+)"', html)
+    assert policy == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     assert re.findall(r"(?:src|href)=\"(?!data:)", html) == []
+    assert re.findall(r"\son[a-z]+=|innerHTML|eval\(", html) == [" onerror="]  # in a value of the manifest, escaped
     thumbnails = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', html)
     assert len(thumbnails) > 20
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("no chromium on the PATH: the page cannot be looked at")
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGS)
-        yield chromium
-        chromium.close()
-
-
 def test_the_page_in_a_browser(evaluation: tuple[pd.DataFrame, Path], browser: Browser) -> None:
     frame, out = evaluation
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
-    requests, complaints = [], []
-    page.on("request", lambda request: requests.append(request.url))
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("dialog", lambda dialog: complaints.append(dialog.message))
-    page.goto((out / "report.html").as_uri())
-    assert [url for url in requests if not url.startswith("data:")] == [(out / "report.html").as_uri()]
-    assert complaints == []
-    assert page.title() == page.inner_text("h1") == "Drogon or <viserion>?"
-    assert page.get_attribute("html", "lang") == "en"
+    with opened(browser, out) as page:
+        assert page.title() == page.inner_text("h1") == "Drogon or <viserion>?"
+        assert page.get_attribute("html", "lang") == "en"
 
-    targets, viserion = counted(frame)
-    correct = (viserion > 0.5) == targets
-    assert shown(page, "#accuracy") == f"{100 * correct.mean():.1f} %"
-    assert shown(page, "#auroc") == f"{sklearn.metrics.roc_auc_score(targets, viserion):.3f}"
-    assert shown(page, "#log-loss") == f"{sklearn.metrics.log_loss(targets, viserion):.3f}"
-    assert shown(page, "#ece") == f"{calibration_error(targets, viserion):.3f}"
-    assert shown(page, "#num-images") == "40"
-    assert shown(page, "#left-out") == "4 images left out: 2 unreadable, 1 missing, 1 no true label"
-    assert [text.split("\n") for text in page.locator("table.plain tr").all_inner_texts()] == [
-        [f"{name}\t{value}"] for name, value in FACTS.items()
-    ]
-    confusion = sklearn.metrics.confusion_matrix(targets, viserion > 0.5)
-    cells = page.locator("#confusion td").all_inner_texts()
-    assert [int(cell.split()[0]) for cell in cells] == confusion.flatten().tolist()
-    per_class = np.array(sklearn.metrics.precision_recall_fscore_support(targets, viserion > 0.5)).T
-    assert [text.split("\t") for text in page.locator("#per-class tbody tr").all_inner_texts()] == [
-        [name, f"{precision:.3f}", f"{recall:.3f}", f"{f1:.3f}", f"{support:.0f}"]
-        for name, (precision, recall, f1, support) in zip(CLASSES, per_class, strict=True)
-    ]
-    left_out = [text.split("\t") for text in page.locator("#left-out-list tbody tr").all_inner_texts()]
-    assert left_out == [
-        [uri, "no true label" if status == "ok" else status, "" if pd.isna(error) else error]
-        for uri, status, error in frame.loc[40:, ["uri", "status", "error"]].itertuples(index=False)
-    ]
+        targets, viserion = counted(frame)
+        correct = (viserion > 0.5) == targets
+        with_temperature = np.stack([1 - viserion, viserion], axis=1) ** TEMPERATURE
+        uncalibrated = (with_temperature / with_temperature.sum(axis=1, keepdims=True))[:, 1]
+        figures = {
+            "accuracy": correct.mean(),
+            "auroc": sklearn.metrics.roc_auc_score(targets, viserion),
+            "log-loss": sklearn.metrics.log_loss(targets, viserion),
+            "ece": calibration_error(targets, viserion),
+            "ece-before": calibration_error(targets, uncalibrated),
+        }
+        assert {name: value(page, f"#{name}") for name in figures} == pytest.approx(figures, abs=1e-6)
+        assert shown(page, "#accuracy") == f"{100 * correct.mean():.1f} %"
+        assert shown(page, "#auroc") == f"{sklearn.metrics.roc_auc_score(targets, viserion):.3f}"
+        assert shown(page, "#log-loss") == f"{sklearn.metrics.log_loss(targets, viserion):.3f}"
+        assert shown(page, "#ece") == f"{calibration_error(targets, viserion):.3f}"
+        assert shown(page, "#num-images") == "40"
+        assert shown(page, "#left-out") == "4 images left out: 2 unreadable, 1 missing, 1 no true label"
+        assert page.locator("table.plain tr").all_inner_texts() == [
+            *(f"{name}\t{fact}" for name, fact in FACTS.items()),
+            "Versions\t\n1 entries",
+        ]
+        page.get_by_text("1 entries").click()
+        assert page.locator("dl.pairs").inner_text().split("\n") == ["torch", "2.8 <b>"]
+        assert [text.split("\t") for text in page.locator("#sizes tbody tr").all_inner_texts()] == [
+            [SCRIPT, "1,200", "22"], ["viserion", "900", "18"], ["all 2 classes", "2,100", "40"],
+        ]  # fmt: skip
+        confusion = sklearn.metrics.confusion_matrix(targets, viserion > 0.5)
+        cells = page.locator("#confusion td").all_inner_texts()
+        assert [int(cell.split()[0]) for cell in cells] == confusion.flatten().tolist()
+        per_class = np.array(sklearn.metrics.precision_recall_fscore_support(targets, viserion > 0.5)).T
+        assert [text.split("\t") for text in page.locator("#per-class tbody tr").all_inner_texts()] == [
+            [name, f"{precision:.3f}", f"{recall:.3f}", f"{f1:.3f}", f"{support:.0f}"]
+            for name, (precision, recall, f1, support) in zip(CLASSES, per_class, strict=True)
+        ]
+        left_out = [text.split("\t") for text in page.locator("#left-out-list tbody tr").all_inner_texts()]
+        assert left_out == [
+            [uri, "no true label" if status == "ok" else status, "" if pd.isna(error) else error]
+            for uri, status, error in frame.loc[40:, ["uri", "status", "error"]].itertuples(index=False)
+        ]
 
 
 def test_the_galleries_in_a_browser(evaluation: tuple[pd.DataFrame, Path], browser: Browser) -> None:
@@ -234,42 +185,92 @@ def test_the_galleries_in_a_browser(evaluation: tuple[pd.DataFrame, Path], brows
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_fits_a_phone(evaluation: tuple[pd.DataFrame, Path], browser: Browser, scheme: str) -> None:
-    page = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme=scheme)  # pyright: ignore[reportArgumentType]
-    page.goto((evaluation[1] / "report.html").as_uri())
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    assert page.evaluate(CONTRASTS) == []
+    with opened(browser, evaluation[1], width=375, color_scheme=scheme) as page:
+        look_around(page)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 375
+        assert page.evaluate(CONTRASTS) == []
 
 
-# Every text whose contrast with the colour behind it is under WCAG's 4.5 : 1, as "text: ratio"
-CONTRASTS = """() => {
-  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
-  const blend = (colours) => {
-    colours.forEach(colour => { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); });
-    return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
-  };
-  const luminance = (rgb) => {
-    const [r, g, b] = rgb.map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const low = [];
-  for (const element of document.querySelectorAll("main *")) {
-    const own = [...element.childNodes].filter(node => node.nodeType === 3).map(node => node.data.trim()).join("");
-    if (!own) continue;
-    const behind = [];
-    for (let at = element; at; at = at.parentElement) behind.unshift(getComputedStyle(at).backgroundColor);
-    const [a, b] = [behind, [...behind, getComputedStyle(element).color]].map(blend).map(luminance);
-    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    if (ratio < 4.5) low.push(`${own}: ${ratio.toFixed(2)}`);
-  }
-  return low;
-}"""
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(evaluation: tuple[pd.DataFrame, Path], browser: Browser, scheme: str) -> None:
+    with opened(browser, evaluation[1], color_scheme=scheme) as page:
+        look_around(page)
+        found = Axe().run(page).response["violations"]
+        assert [(one["id"], one["impact"], [node["html"] for node in one["nodes"]]) for one in found] == []
 
 
-def shown(page: Page, selector: str) -> str:
-    return page.inner_text(selector).replace("\xa0", " ")
+def look_around(page: Page) -> None:
+    """Open all that can be opened."""
+    page.locator("details").evaluate_all("all => all.forEach(one => { one.open = true; })")
+    page.locator(".cell").first.click()
+    page.fill("#threshold-number", "0.8")
+    page.press("#threshold-number", "Enter")
+    page.click("#cost-choose")
 
 
-def test_no_mistakes_and_one_class_only(tmp_path: Path) -> None:
+def test_without_scripts(evaluation: tuple[pd.DataFrame, Path], browser: Browser) -> None:
+    frame, out = evaluation
+    targets, viserion = counted(frame)
+    with opened(browser, out, java_script_enabled=False) as page:
+        assert page.locator("input, select, .plain-button").all() != []
+        assert not any(one.is_visible() for one in page.locator("input, select, .plain-button").all())
+        assert page.locator(".cell:enabled").count() == 0
+        assert shown(page, ".unscripted") == "At 0.5:"
+        f1 = sklearn.metrics.f1_score(targets, viserion >= 0.5)
+        assert value(page, "#at-f1") == pytest.approx(f1, abs=1e-6)
+        assert page.locator("svg[role=img]").count() == 4
+
+
+def test_charts_say_what_they_show(evaluation: tuple[pd.DataFrame, Path], browser: Browser) -> None:
+    frame, out = evaluation
+    targets, viserion = counted(frame)
+    area, precision = (
+        score(targets, viserion) for score in (sklearn.metrics.roc_auc_score, sklearn.metrics.average_precision_score)
+    )
+    with opened(browser, out) as page:
+        assert value(page, ".class-auroc") == pytest.approx(area, abs=1e-6)
+        assert value(page, ".class-ap") == pytest.approx(precision, abs=1e-6)
+        roc = page.get_by_role("img", name="ROC curve of viserion")
+        assert roc.locator("desc").text_content() == (
+            f"True positive rate over false positive rate; the area under it is {area:.3f}."
+        )
+        left, top, width, height = map(float, (roc.get_attribute("data-plot") or "").split())
+        pixels = [point.split(",") for point in (roc.locator(".first").get_attribute("points") or "").split()]
+        false_rate, true_rate, _ = sklearn.metrics.roc_curve(targets, viserion, drop_intermediate=False)
+        drawn = np.array(pixels, dtype=float)
+        np.testing.assert_allclose(drawn[:, 0], left + width * false_rate, atol=0.06)
+        np.testing.assert_allclose(drawn[:, 1], top + height * (1 - true_rate), atol=0.06)
+        table = [text.split("\t") for text in page.locator("#reliability-table tbody tr").all_inner_texts()]
+    sure, right = np.maximum(viserion, 1 - viserion), (viserion > 0.5) == targets
+    bins = np.digitize(sure, np.linspace(0, 1, 16), right=True)
+    assert table == [
+        [
+            f"{(number - 1) / 15:.3f} to {number / 15:.3f}", str((bins == number).sum()),
+            f"{sure[bins == number].mean():.3f}", f"{right[bins == number].mean():.3f}",
+        ]
+        for number in np.unique(bins).tolist()
+    ]  # fmt: skip
+
+
+def test_slices(evaluation: tuple[pd.DataFrame, Path], browser: Browser) -> None:
+    frame, out = evaluation
+    rows = frame[(frame["status"] == "ok") & frame["input_label"].notna()]
+    right = rows["label"] == rows["input_label"]
+    with opened(browser, out) as page:
+        names = page.locator(".slicing summary bdi").all_inner_texts()
+        assert names == ["camera", "exposure", HOSTILE_COLUMN, "type of the file"]  # all images are of one size
+        page.locator(".slicing summary").nth(2).press("Enter")
+        table = page.locator(".slicing").nth(2).locator("tbody tr")
+        found = {}
+        for row in table.all():
+            cells = [text.replace("\xa0", " ") for text in row.locator("th, td").all_inner_texts()]
+            found[cells[0]] = (cells[1], float(row.locator("data").get_attribute("value") or "nan"))
+    grouped = right.groupby(rows[HOSTILE_COLUMN])
+    assert found == {name: (f"{len(part)} (few)", pytest.approx(part.mean(), abs=1e-12)) for name, part in grouped}
+    assert list(found) == grouped.mean().sort_values().index.tolist()
+
+
+def test_no_mistakes_and_one_class_only(tmp_path: Path, browser: Browser) -> None:
     frame = evaluated_frame(tmp_path, num_images=3, classes=["drogon", "viserion"])
     frame[["input_label", "prob_drogon", "prob_viserion"]] = ["drogon", 0.9, 0.1]
     metrics = write_evaluation(
@@ -280,6 +281,10 @@ def test_no_mistakes_and_one_class_only(tmp_path: Path) -> None:
     assert '<p class="none">None: no image predicted wrong.</p>' in html
     assert "undefined: all images are of one class" in html
     assert "no image left out" in html
+    with opened(browser, tmp_path / "out") as page:
+        page.click("#cost-choose")  # at the least cost nothing is taken for viserion
+        assert [value(page, f"#at-{name}") for name in ("tp", "fp", "fn", "tn")] == [0, 0, 0, 3]
+        assert shown(page, "#at-f1") == "–"
 
 
 def test_many_classes_and_many_pictures_stay_under_the_limit(tmp_path: Path) -> None:
@@ -302,14 +307,16 @@ def test_many_classes_and_many_pictures_stay_under_the_limit(tmp_path: Path) -> 
     wrong = np.array(metrics.confusion)
     np.fill_diagonal(wrong, 0)
     pairs = re.findall(
-        r'<tr><td><bdi>(.*?)</bdi></td><td><bdi>(.*?)</bdi></td><td class="number">(\d+)</td></tr>', html
+        r'<tr><td><bdi>(.*?)</bdi></td><td><bdi>(.*?)</bdi></td><td class="number"><button .*?>(\d+)</button></td></tr>',
+        html,
     )
     assert len(pairs) == MAX_LISTED
     assert [int(count) for *_, count in pairs] == sorted(wrong.flatten().tolist(), reverse=True)[:MAX_LISTED]
     assert all(
         wrong[classes.index(actual), classes.index(predicted)] == int(count) for actual, predicted, count in pairs
     )
-    assert len(re.findall('<th scope="row">', html)) == 100  # the table of classes, cut
+    table = html[html.index('id="per-class"') :]
+    assert table[: table.index("</table>")].count('<th scope="row">') == 100
     assert len(list((out / "galleries").iterdir())) == 3 + 2 * MAX_GALLERY_CLASSES
 
 

@@ -65,6 +65,7 @@
     byId("cell-images").replaceChildren();
     if (isOpen) return;
     button.setAttribute("aria-pressed", "true");
+    button.closest(".scroll").after(byId("cell"));
     const images = Number(count) === 1 ? "image" : "images";
     byId("cell-heading").append(
       `${Number(count).toLocaleString("en")} ${images} of `, made("bdi", {}, data.classes[actual]),
