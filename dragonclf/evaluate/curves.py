@@ -105,12 +105,12 @@ def outcome(ranked: Ranking, *, threshold: float) -> Outcome:
 
 
 def reliability(targets: np.ndarray, *, probs: np.ndarray) -> Reliability:
-    """Bin images by the probability of their most probable class: 15 equal bins, each with its upper edge and without its lower one.
+    """Bin images by the probability of their most probable class: 15 equal bins, each with its lower edge; the last one with 1, too.
 
     `targets` are true classes, int (N,), and `probs` float (N, K); N >= 1.
     """
     confidence, is_right = probs.max(axis=1), probs.argmax(axis=1) == targets
-    bins = np.searchsorted(np.linspace(0, 1, NUM_BINS + 1), confidence, side="left").clip(1, NUM_BINS) - 1
+    bins = (np.searchsorted(np.linspace(0, 1, NUM_BINS + 1), confidence, side="right") - 1).clip(0, NUM_BINS - 1)
     counts, sure, right = (
         np.bincount(bins, weights=weights, minlength=NUM_BINS) for weights in (None, confidence, is_right)
     )

@@ -10,10 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torchmetrics.functional.classification import (
-    binary_auroc,
-    multiclass_confusion_matrix,
-)
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from dragonclf.evaluate import curves
 
@@ -148,11 +145,8 @@ def _auroc(targets: np.ndarray, probs: np.ndarray) -> float | None:
     if len(present) < 2:
         return None
     positives = [1] if probs.shape[1] == 2 else present
-    areas = [
-        binary_auroc(torch.from_numpy(probs[:, index]), torch.from_numpy((targets == index).astype(np.int64)))
-        for index in positives
-    ]
-    return min(1.0, float(torch.stack(areas).to(torch.float64).mean()))
+    areas = [curves.ranking(probs[:, index], is_positive=targets == index).auroc for index in positives]
+    return min(1.0, float(np.mean(np.array(areas, dtype=float))))
 
 
 def _class_metrics(confusion: np.ndarray, index: int, name: str) -> ClassMetrics:

@@ -51,14 +51,15 @@ def test_areas_that_are_not_defined() -> None:
 
 
 def test_reliability_by_hand() -> None:
-    third = 10 / 15  # an edge: it belongs to the bin below
+    third = 10 / 15  # an edge: it belongs to the bin above
     first = np.array([third, third, 0.7, 1.0, 1.0, 0.5])
     found = curves.reliability(np.array([0, 1, 0, 0, 1, 1]), probs=np.stack([first, 1 - first], axis=1))
-    assert found.num_images.tolist() == [0] * 7 + [1, 0, 2, 1, 0, 0, 0, 2]
-    assert found.confidence[[7, 9, 10, 14]] == pytest.approx([0.5, third, 0.7, 1.0])
-    assert found.accuracy[[7, 9, 10, 14]] == pytest.approx([0.0, 0.5, 1.0, 0.5])
+    assert found.num_images.tolist() == [0] * 7 + [1, 0, 0, 3, 0, 0, 0, 2]
+    sure = 2 * third + 0.7  # of these three, two of which are right
+    assert found.confidence[[7, 10, 14]] == pytest.approx([0.5, sure / 3, 1.0])
+    assert found.accuracy[[7, 10, 14]] == pytest.approx([0.0, 2 / 3, 0.5])
     assert np.isnan(found.accuracy[0])
-    assert found.error == pytest.approx((0.5 + 2 * (third - 0.5) + 0.3 + 2 * 0.5) / 6, abs=1e-12)
+    assert found.error == pytest.approx((0.5 + abs(sure - 2) + 1) / 6, abs=1e-12)
 
 
 def test_the_temperature_is_taken_back() -> None:

@@ -19,6 +19,7 @@ from dragonclf.verbs.run_pictures import predict_features
 
 NUM_IMAGES = 12
 MODEL = timm.create_model("test_resnet", num_classes=2)
+NUM_FEATURES = zoo.classifier(MODEL).in_features
 
 
 def image_rows() -> pa.Table:
@@ -35,7 +36,7 @@ def image_rows() -> pa.Table:
 
 def write_features(uri: str, rows: pa.Table) -> np.ndarray:
     """A published run of one part: features, float32 (N, D), of the first N `rows`."""
-    features = np.random.default_rng(0).normal(size=(len(rows), MODEL.num_features)).astype(np.float32)
+    features = np.random.default_rng(0).normal(size=(len(rows), NUM_FEATURES)).astype(np.float32)
     part = rows.select(["uri", "etag", "status", "error", "label", "split"])
     part = part.append_column("features", pa.array(list(features), pa.list_(pa.float32())))
     storage.put(f"{uri}/parts/00000000.parquet", tables.encode(part))
