@@ -287,7 +287,7 @@ def test_no_mistakes_and_one_class_only(tmp_path: Path, browser: Browser) -> Non
         assert shown(page, "#at-f1") == "–"
 
 
-def test_many_classes_and_many_pictures_stay_under_the_limit(tmp_path: Path) -> None:
+def test_many_classes_and_many_pictures_stay_under_the_limit(tmp_path: Path, browser: Browser) -> None:
     classes = [f"class {k:03}" for k in range(120)]
     frame = evaluated_frame(tmp_path, num_images=600, classes=classes, seed=3)
     noise = np.random.default_rng(0).integers(0, 256, (60, 224, 224, 3), dtype=np.uint8)  # what JPEG compresses worst
@@ -318,6 +318,13 @@ def test_many_classes_and_many_pictures_stay_under_the_limit(tmp_path: Path) -> 
     table = html[html.index('id="per-class"') :]
     assert table[: table.index("</table>")].count('<th scope="row">') == 100
     assert len(list((out / "galleries").iterdir())) == 3 + 2 * MAX_GALLERY_CLASSES
+    with opened(browser, out, width=375) as page:
+        page.locator("#confusions .cell").first.click()
+        assert shown(page, "#cell-heading").startswith(
+            f"{pairs[0][2]} images of {pairs[0][0]} predicted as {pairs[0][1]}"
+        )
+        assert page.get_by_label("Class", exact=True).locator("option").count() == MAX_GALLERY_CLASSES
+        assert page.evaluate("document.documentElement.scrollWidth") <= 375
 
 
 def test_refusals_write_nothing(tmp_path: Path) -> None:

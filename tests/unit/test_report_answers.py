@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import sklearn.metrics
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Locator, Page
 
 from dragonclf.evaluate import page_data
@@ -229,6 +230,13 @@ def test_many_classes(many: tuple[pd.DataFrame, Path], browser: Browser) -> None
         there = frame[(frame["input_label"] == actual) & (frame["label"] == predicted)]
         assert shown(page, "#cell-heading") == f"{len(there)} images of {actual} predicted as {predicted}"
         assert sorted(uris_in(page.locator("#cell-images"))) == sorted(there["uri"])
+
+
+def test_axe_finds_nothing_with_many_classes(many: tuple[pd.DataFrame, Path], browser: Browser) -> None:
+    with opened(browser, many[1]) as page:
+        page.locator("details").evaluate_all("all => all.forEach(one => { one.open = true; })")
+        page.locator("#confusions .cell").first.click()
+        assert [(one["id"], one["impact"]) for one in Axe().run(page).response["violations"]] == []
 
 
 def value_of(box: Locator, selector: str) -> float:

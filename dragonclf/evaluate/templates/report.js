@@ -24,7 +24,12 @@
 
   // Pictures of images
 
-  const percent = (share) => `${(100 * share).toFixed(1)}\u00a0%`;
+  // As the rest of the page has it: never 0.0 or 100.0 % for a share that is neither.
+  function percent(share) {
+    if (share > 0 && share < 0.0005) return "<\u00a00.1\u00a0%";
+    if (share >= 0.9995 && share < 1) return ">\u00a099.9\u00a0%";
+    return `${(100 * share).toFixed(1)}\u00a0%`;
+  }
 
   function pair(name, value, attributes = {}) {
     return made("div", {}, made("dt", {}, name), made("dd", attributes, value));
