@@ -141,6 +141,8 @@ def test_the_page_in_a_browser(evaluation: tuple[pd.DataFrame, Path], browser: B
         cells = page.locator("#confusion td").all_inner_texts()
         assert [int(cell.split()[0]) for cell in cells] == confusion.flatten().tolist()
         per_class = np.array(sklearn.metrics.precision_recall_fscore_support(targets, viserion > 0.5)).T
+        exact = page.locator("#per-class data").evaluate_all("all => all.map(one => Number(one.value))")
+        assert exact == pytest.approx(per_class[:, :3].flatten(), abs=1e-6)
         assert [text.split("\t") for text in page.locator("#per-class tbody tr").all_inner_texts()] == [
             [name, f"{precision:.3f}", f"{recall:.3f}", f"{f1:.3f}", f"{support:.0f}"]
             for name, (precision, recall, f1, support) in zip(CLASSES, per_class, strict=True)
