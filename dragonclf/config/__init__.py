@@ -30,6 +30,7 @@ from dragonclf.config.verbs import (
     IndexConfig,
     PredictConfig,
     RescoreConfig,
+    ReviewConfig,
     ScoreCommandConfig,
     ScoreConfig,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "ReadingConfig",
     "RecipeConfig",
     "RescoreConfig",
+    "ReviewConfig",
     "RunConfig",
     "ScoreCommandConfig",
     "ScoreConfig",

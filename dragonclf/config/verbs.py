@@ -2,8 +2,9 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from dragonclf import storage
 from dragonclf.config.shared import (
     BudgetConfig,
     Config,
@@ -33,6 +34,16 @@ class IndexConfig(RayConfig, ListingConfig, LimitsConfig, ReadingConfig):
         default=0.2, gt=0, lt=1, description="Share of images for validation, where the source does not say."
     )
     seed: int = Field(default=0, ge=0, description="Draws the validation images.")
+    corrections: list[str] = Field(
+        default=[],
+        description="CSV of corrected labels, as review.html makes it: uri, etag, old, new, reason. The old labels of a first file are the "
+        "source's, those of a second what the first made. Repeatable.",
+    )
+
+    @field_validator("corrections")
+    @classmethod
+    def _resolve_corrections(cls, uris: list[str]) -> list[str]:
+        return [storage.resolve(uri) for uri in uris]
 
 
 class ScoreConfig(ScoringConfig, ListingConfig, LayoutConfig, BudgetConfig):
@@ -135,3 +146,20 @@ class DiffConfig(Config):
     movers: int = Field(
         default=20, ge=0, le=10_000, description="Images to name, of those whose probabilities changed most."
     )
+
+
+class ReviewConfig(Config):
+    """Options of `review`."""
+
+    run: str = Field(
+        description="Published run of `evaluate` or `score`, or the folder given as its --out (its newest).",
+        json_schema_extra={"positional": True},
+    )
+    out: str = Field(description="Folder or s3:// prefix for review.html.")
+    worst: int = Field(default=200, ge=1, le=2_000, description="Pictures to look at, at most.")
+    by: Literal["loss", "uncertain", "random"] | None = Field(
+        default=None,
+        description="Which: loss, whose label the model thinks least probable; uncertain, where its two likeliest classes are closest; or "
+        "random. None: loss where the run has labels, else uncertain.",
+    )
+    seed: int = Field(default=0, ge=0, description="Draws the random ones.")

@@ -1,6 +1,7 @@
 """Snapshots: an immutable, content-addressed list of labelled images, with splits that are functions of content.
 
-OUT/snapshots/ID/images-00000.parquet ...   uri, etag, size, label, split, group, width, height, sha256, status, error, own columns
+OUT/snapshots/ID/images-00000.parquet ...   uri, etag, size, label, split, group, width, height, sha256, status, error, own columns,
+                                            corrected_from where labels were corrected
                  snapshot.json              written last; ID is the hash of the rows
 OUT/snapshots/_latest.json                  pointer to the newest
 """
@@ -10,7 +11,7 @@ import itertools
 import json
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import duckdb
@@ -18,7 +19,8 @@ import pyarrow as pa
 from pydantic import BaseModel, Field
 
 from dragonclf import storage
-from dragonclf.data import tables
+from dragonclf.data import corrections, tables
+from dragonclf.data.corrections import AppliedCorrections, Corrections
 
 log = logging.getLogger("dragonclf")
 
@@ -33,7 +35,7 @@ class SnapshotInfo(BaseModel):
     """``snapshot.json``."""
 
     format: int = 1
-    id: str = Field(description="First twelve hex digits of the SHA-256 of all rows.")
+    id: str = Field(description="First twelve hex digits of the SHA-256 of all rows, and of the files of corrections.")
     source: str = Field(description="What was indexed.")
     classes: list[str] = Field(description="Labels of usable images, sorted; a class's index is its place here.")
     num_images: int = Field(description="All rows, usable or not.")
@@ -41,6 +43,9 @@ class SnapshotInfo(BaseModel):
     counts: dict[str, int] = Field(description="Rows by status.")
     splits: dict[str, dict[str, int]] = Field(description="Split -> class -> usable images.")
     unlabelled: int = Field(description="Readable images that lie in no class folder: listed, never trained on.")
+    corrections: list[AppliedCorrections] = Field(
+        default=[], description="Files that changed the labels, in this order."
+    )
 
 
 class Snapshot(BaseModel):
@@ -51,14 +56,22 @@ class Snapshot(BaseModel):
 
 
 def write_snapshot(
-    out_uri: str, rows: Iterable[pa.Table], *, source: str, valid_fraction: float, seed: int
+    out_uri: str,
+    rows: Iterable[pa.Table],
+    *,
+    source: str,
+    valid_fraction: float,
+    seed: int,
+    corrected_by: Sequence[Corrections] = (),
 ) -> Snapshot:
-    """Assign splits, check that the classes can be trained on, and write the snapshot; out of core, for any number of rows.
+    """Assign splits, correct labels, check that the classes can be trained on, and write the snapshot; out of core, for any number of rows.
 
     `rows` come sorted by uri. A row that says its split keeps it. Any other image's split is a hash of `seed` and its group (its content
-    where it has none): it never depends on other images, and copies of an image lie in one split.
+    where it has none): it never depends on other images or on a label, and copies of an image lie in one split. Files of corrections are
+    applied one after the other, each to what those before it made.
 
-    Raises ValueError, with nothing written: one class only, a class without a usable image, or without one for training or validation.
+    Raises ValueError, with nothing written: corrections that do not hold, one class only, a class without a usable image, or without one
+    for training or validation.
     """
     with (
         tempfile.TemporaryDirectory(prefix="dragonclf-snapshot-") as folder,
@@ -79,9 +92,14 @@ def write_snapshot(
                WHERE split IS NULL""",
             [str(seed), valid_fraction],
         )
+        if corrected_by:
+            db.execute(f"ALTER TABLE image ADD COLUMN {corrections.FROM} VARCHAR")
+        applied = [corrections.apply_corrections(db, given) for given in corrected_by]
         counts = dict(db.execute("SELECT status, count(*) FROM image GROUP BY status ORDER BY status").fetchall())
         usable = db.execute(
-            "SELECT label, split, count(*) FILTER (status = 'ok') FROM image WHERE label IS NOT NULL GROUP BY ALL ORDER BY ALL"
+            """SELECT label, split, count(*) FILTER (status = 'ok') FROM image WHERE label IS NOT NULL AND status <> ?
+               GROUP BY ALL ORDER BY ALL""",
+            [corrections.DELETED],
         ).fetchall()
         classes = sorted({label for label, _, _ in usable})
         splits = {split: dict.fromkeys(classes, 0) for split in SPLITS}
@@ -92,7 +110,8 @@ def write_snapshot(
         return _write(
             out_uri, db, Path(folder),
             {"source": source, "classes": classes, "num_images": sum(counts.values()), "counts": counts,
-             "splits": {split: count for split, count in splits.items() if sum(count.values())}, "unlabelled": unlabelled[0][0]},
+             "splits": {split: count for split, count in splits.items() if sum(count.values())}, "unlabelled": unlabelled[0][0],
+             "corrections": applied},
         )  # fmt: skip
 
 
@@ -111,13 +130,18 @@ def open_snapshot(uri: str) -> Snapshot:
 def read_rows(
     snapshot: Snapshot, *, splits: Iterable[str], columns: list[str] | None = None, usable_only: bool = True
 ) -> Iterator[pa.Table]:
-    """Yield the labelled rows of some splits in the snapshot's order, by default those of readable images only."""
+    """Yield the labelled rows of some splits in the snapshot's order, by default those of readable images only.
+
+    Rows that corrections left out are never among them.
+    """
     wanted = set(splits)
     for index in range(snapshot.info.num_files):
         table = tables.read(storage.join(snapshot.uri, f"images-{index:05d}.parquet"))
         cells = zip(*(table[name].to_pylist() for name in ("split", "label", "status")), strict=True)
         keep = [
-            split in wanted and label is not None and (status == "ok" or not usable_only)
+            split in wanted
+            and label is not None
+            and (status == "ok" or not (usable_only or status == corrections.DELETED))
             for split, label, status in cells
         ]
         table = table.filter(pa.array(keep, pa.bool_()))
@@ -161,6 +185,8 @@ def _write(out_uri: str, db: duckdb.DuckDBPyConnection, folder: Path, facts: dic
     order = ", ".join(f'"{name}"' for name in COLUMNS)
     reader = db.sql(f"SELECT {order}, * EXCLUDE ({order}) FROM image ORDER BY uri").to_arrow_reader(BATCH_ROWS)  # noqa: S608
     digest = hashlib.sha256(repr(reader.schema.names).encode())
+    for applied in facts["corrections"]:
+        digest.update(applied.sha256.encode())
     while batches := list(itertools.islice(reader, FILE_BATCHES)):
         table = pa.Table.from_batches(batches)
         for row in zip(*(column.to_pylist() for column in table.columns), strict=True):

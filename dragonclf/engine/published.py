@@ -53,15 +53,20 @@ def point_to(out_uri: str, manifest: Manifest, *, atomic: bool = True) -> None:
 
 
 def advance_pointer(uri: str, pointer: dict[str, Any], *, atomic: bool = True) -> None:
-    """Write a pointer unless what is there was planned later (``planned_s``): it moves forward, never back."""
+    """Write a pointer unless what is there was planned later (``planned_s``): it moves forward, never back.
+
+    Of two that were planned at one time the one that is written last stays.
+    """
     data = json.dumps(pointer).encode()
     while True:
         found = storage.get_if_exists(uri)
         if found is None:
             if storage.put_if_absent(uri, data, atomic=atomic):
                 return
-        elif json.loads(found[0])["planned_s"] >= pointer["planned_s"] or storage.put_if_match(
-            uri, data, found[1], atomic=atomic
+        elif (
+            found[0] == data
+            or json.loads(found[0])["planned_s"] > pointer["planned_s"]
+            or storage.put_if_match(uri, data, found[1], atomic=atomic)
         ):
             return
 

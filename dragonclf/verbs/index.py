@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from dragonclf import storage
 from dragonclf.config import IndexConfig
-from dragonclf.data import images, listing, selection, snapshot
+from dragonclf.data import corrections, images, listing, selection, snapshot
 from dragonclf.data.images import Picture
 from dragonclf.engine import job, plan, published, runs
 from dragonclf.engine.image_work import ImageWork
@@ -26,15 +26,18 @@ SPLIT_FOLDERS = {"train": "train", "valid": "valid", "val": "valid", "validation
 
 
 # Columns of our own: a manifest's of that name becomes input_<name>.
-MEASURED = ("width", "height", "sha256", "status", "error")
+MEASURED = ("width", "height", "sha256", "status", "error", corrections.FROM)
 
 
 def index(config: IndexConfig) -> snapshot.Snapshot:
     """Read and check every image of `config.source` that its filters choose once, and write a snapshot under `config.out`.
 
     Each object is a row, with a status if it cannot be used. The same command resumes a killed run; on an unchanged source it returns
-    the snapshot that is there. ValueError, before anything is written, for classes that could not be trained on.
+    the snapshot that is there. Files of `config.corrections` change labels of the snapshot, not what was read: no image is read for them.
+    ValueError, before anything is written, for classes that could not be trained on and for a file that is no file of corrections; and,
+    with no snapshot written, for corrections that do not hold any more.
     """
+    given = [corrections.read_corrections(uri) for uri in config.corrections]
     spec = {
         "max_image_bytes": config.max_image_bytes, "max_pixels": config.max_pixels, "decode": images.DECODE_VERSION,
         runs.INPUT: {"source": config.source, **selection.selection_id(config)},
@@ -52,7 +55,9 @@ def index(config: IndexConfig) -> snapshot.Snapshot:
         source=config.source,
         valid_fraction=config.valid_fraction,
         seed=config.seed,
+        corrected_by=given,
     )
+    _say_corrected(made.info.corrections)
     pointer = {"snapshot": made.info.id, "planned_s": manifest.planned_s}
     published.advance_pointer(storage.join(config.out, snapshot.FOLDER, snapshot.LATEST), pointer, atomic=done.atomic)
     return made
@@ -183,6 +188,17 @@ def _empty_folders(source: str) -> list[str]:
         elif not os.listdir(folder):
             found.append(storage.name(folder))
     return found
+
+
+def _say_corrected(files: list[corrections.AppliedCorrections]) -> None:
+    for file in files:
+        log.info("index: %s: %s relabelled, %s left out", file.uri, f"{file.num_relabelled:,}", f"{file.num_deleted:,}")
+        if file.num_test:
+            log.warning(
+                "index: %s touches %s images of the test split: figures on it are of another test than before",
+                file.uri,
+                f"{file.num_test:,}",
+            )
 
 
 def _say_unusable(manifest: published.Manifest, run_uri: str) -> None:
