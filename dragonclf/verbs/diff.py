@@ -1,8 +1,6 @@
 """`diff`: what changed between two published scoring runs: rows, statuses, labels, probabilities."""
 
 import logging
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +9,12 @@ from pydantic import BaseModel, Field
 
 from dragonclf import storage
 from dragonclf.config import DiffConfig
-from dragonclf.engine import pairs, published
+from dragonclf.engine import pairs, published, scored
 from dragonclf.engine.pairs import Side
-from dragonclf.storage.errors import first_line
 
 log = logging.getLogger("dragonclf")
 
 FLIPS = "flips.parquet"
-MEMORY_LIMIT, MAX_THREADS = (
-    "512MB",
-    4,
-)  # of DuckDB: what is more goes to a temporary folder; each thread wants its share
 MAX_FLIP_PAIRS = 1_000  # all pairs of up to 32 classes
 
 # Changes are counted in bins that grow by 1 %, from 1e-9 to 1: memory does not grow with rows, unlike that of an exact quantile.
@@ -116,29 +109,10 @@ def diff(config: DiffConfig) -> DiffSummary:
         StorageError: the store does not answer, or the temporary folder is full.
     """
     run_a, run_b = published.find_run(config.run_a), published.find_run(config.run_b)
-    with tempfile.TemporaryDirectory(prefix="dragonclf-diff-") as folder:
-        try:
-            with duckdb.connect(str(Path(folder) / "rows.db"), config=_settings(folder)) as db:
-                log.info("diff: from %s to %s", run_a, run_b)
-                a, b = pairs.load_run(db, "a", run_a), pairs.load_run(db, "b", run_b)
-                return _compare(db, a, b, config=config, folder=Path(folder))
-        except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
-            raise storage.StorageError(
-                f"cannot compare in {folder}: {first_line(error)}: set TMPDIR to a folder with more room"
-            ) from error
-        except RuntimeError as error:  # what DuckDB makes of Ctrl-C and SIGTERM in a query
-            if "interrupted" in str(error):
-                raise KeyboardInterrupt from error
-            raise
-
-
-def _settings(folder: str) -> dict[str, Any]:
-    return {
-        "memory_limit": MEMORY_LIMIT,
-        "threads": min(MAX_THREADS, os.cpu_count() or 1),
-        "temp_directory": str(Path(folder) / "spill"),
-        "preserve_insertion_order": False,
-    }
+    with scored.database("diff") as (db, folder):
+        log.info("diff: from %s to %s", run_a, run_b)
+        a, b = pairs.load_run(db, "a", run_a), pairs.load_run(db, "b", run_b)
+        return _compare(db, a, b, config=config, folder=folder)
 
 
 def _compare(db: duckdb.DuckDBPyConnection, a: Side, b: Side, *, config: DiffConfig, folder: Path) -> DiffSummary:
