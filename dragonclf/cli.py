@@ -88,6 +88,11 @@ VERBS = {
             "Compare two published scoring runs: images, statuses, labels, probabilities.",
             "dragonclf diff s3://work/scores/runs/3786b5735ccd-00001 s3://work/scores --out changes",
         ),
+        Verb(
+            "review", config.ReviewConfig, "dragonclf.verbs.review:review",
+            "Make a page of the pictures whose labels a person should look at; it ends in a file for `index --corrections`.",
+            "dragonclf review report --worst 200 --out review",
+        ),
     )
 }  # fmt: skip
 
