@@ -44,10 +44,13 @@ def read_corrections(uri: str) -> Corrections:
     """Read a file of corrections.
 
     Raises:
-        ValueError: it is no such CSV, a row contradicts itself, or a uri stands twice. The row is named.
-        StorageError: it is not there or cannot be read.
+        ValueError: it is not there, is no such CSV, a row contradicts itself, or a uri stands twice. The row is named.
+        StorageError: it cannot be read.
     """
-    data = storage.get(uri)
+    found = storage.get_if_exists(uri)
+    if found is None:
+        raise ValueError(f"there is no {uri}: give --corrections the file that review.html saved")
+    data, _ = found
     try:
         records = list(csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
@@ -118,7 +121,7 @@ def _wrong(cells: dict[str, str], number: int, seen: dict[str, int]) -> str | No
 def _check(db: duckdb.DuckDBPyConnection, uri: str) -> None:
     wrong = db.execute(
         """SELECT row, uri, CASE
-             WHEN NOT is_there THEN 'is not in the source'
+             WHEN NOT is_there THEN 'is not in the source, or its filters leave it out'
              WHEN status = $deleted THEN 'was left out by an earlier file'
              WHEN coalesce(etag_now, '') <> etag THEN
                'was replaced since: its etag is ' || coalesce(etag_now, 'not known') || ', not ' || etag

@@ -56,7 +56,7 @@ def render_review(
     """Return the page with the largest pictures that keep it under `MAX_PAGE_BYTES`.
 
     Args:
-        candidates: What to decide on, in the order to show it.
+        candidates: What to decide on, one or more, in the order to show it.
         thumbnails: A JPEG of each, by uri, as `read_thumbnails` gives them.
         classes: What a label can become.
         run: Where the predictions are. The browser keeps progress under this name.

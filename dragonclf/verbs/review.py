@@ -47,7 +47,8 @@ def review(config: ReviewConfig) -> ReviewSummary:
     """Write review.html, one file that works from disk, under `config.out`, over an earlier one. The run is ranked out of core.
 
     Raises:
-        ValueError: the run is not published, has no probabilities, no predicted image, or no label and is to be ranked by loss.
+        ValueError: the run is not published, has no probabilities, no predicted image, or no label and is to be ranked by loss; or no
+            picture can be shown.
         StorageError: the store does not answer, or the temporary folder is full.
     """
     with scored.database("review") as (db, _):
@@ -56,15 +57,19 @@ def review(config: ReviewConfig) -> ReviewSummary:
         offered = _offered(db, classes)
     thumbnails, reasons = read_thumbnails([(one.uri, one.etag) for one in candidates])
     left_out = dict(sorted(Counter(reason.partition(":")[0] for reason in reasons.values()).items()))
-    if left_out:
+    if reasons:
         first = next(iter(reasons))
-        log.warning("review: %s pictures are left out; the first is %s: %s", f"{len(reasons):,}", first, reasons[first])
+        told = (
+            f"{len(reasons):,} of {len(candidates):,} pictures cannot be shown; the first is {first}: {reasons[first]}"
+        )
+        if not thumbnails:
+            raise ValueError(f"{told}: is this the bucket that was scored? Score what is there now")
+        log.warning("review: %s", told)
     shown = [one for one in candidates if one.uri in thumbnails]
-    page = render_review(shown, thumbnails=thumbnails, classes=offered, run=name, order=SAID[by])
-    uri = storage.join(config.out, PAGE)
-    storage.put(uri, page)
+    page = storage.join(config.out, PAGE)
+    storage.put(page, render_review(shown, thumbnails=thumbnails, classes=offered, run=name, order=SAID[by]))
     return ReviewSummary(
-        page=uri, by=by, num_pictures=len(shown), num_candidates=num_candidates, left_out=left_out
+        page=page, by=by, num_pictures=len(shown), num_candidates=num_candidates, left_out=left_out
     )  # fmt: skip
 
 

@@ -109,7 +109,7 @@ def test_a_class_may_vanish_and_no_image_of_another_moves(tmp_path: Path):
         (relabel("cat/000.jpg", "dog", "cat"), "row 2: '/in/cat/000.jpg' is labelled 'cat' now, not 'dog'"),
         (relabel("stray.jpg", "dog", "cat"), "row 2: '/in/stray.jpg' is not labelled now, not 'dog'"),
         (relabel("cat/000.jpg", "", "dog"), "row 2: '/in/cat/000.jpg' is labelled 'cat' now, not ''"),
-        (relabel("cat/gone.jpg", "cat", "dog"), "row 2: '/in/cat/gone.jpg' is not in the source"),
+        (relabel("cat/gone.jpg", "cat", "dog"), "row 2: '/in/cat/gone.jpg' is not in the source, or its filters leave it out"),
         (relabel("cat/000.jpg", "cat", "Dog"), "row 2: '/in/cat/000.jpg' cannot become 'Dog', which is no class of the source"),
     ],
 )  # fmt: skip
@@ -123,7 +123,9 @@ def test_what_does_not_hold_is_refused_with_nothing_written(row: Cells, message:
 
 def test_a_refusal_names_the_first_rows_and_counts_the_others(tmp_path: Path):
     file = save(tmp_path / "c.csv", *(relabel(f"cat/x{i}.jpg", "cat", "dog") for i in range(7)))
-    with pytest.raises(ValueError, match=r"row 2: .*row 3: .*row 4: '/in/cat/x2.jpg' is not in the source; and 4 more"):
+    with pytest.raises(
+        ValueError, match=r"row 2: .*row 3: .*row 4: '/in/cat/x2.jpg' is not in the source, .*; and 4 more"
+    ):
         correct(tmp_path / "out", images(20), file)
 
 
@@ -164,6 +166,11 @@ def test_what_is_no_file_of_corrections_is_refused(data: bytes, message: str, tm
     with pytest.raises(ValueError, match=r"c\.csv") as caught:
         read_corrections(str(tmp_path / "c.csv"))
     assert message in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_asked_for(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"there is no .*/c\.csv: give --corrections the file that review\.html saved"):
+        read_corrections(str(tmp_path / "c.csv"))
 
 
 def test_uris_of_any_kind_and_a_spreadsheets_ways(tmp_path: Path):

@@ -159,7 +159,11 @@ def test_what_cannot_be_shown_is_left_out_and_counted(tmp_path: Path, caplog: py
     summary, names, _ = look(tmp_path / "s", tmp_path / "out")
     assert names == ["4.png", "1.png"]
     assert summary.left_out == {"missing": 1, "replaced": 1}
-    assert "2 pictures are left out; the first is" in caplog.text
+    assert f"2 of 4 pictures cannot be shown; the first is {tmp_path}/in/2.png: missing" in caplog.text
+    (tmp_path / "in").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"4 of 4 pictures cannot be shown; .*: is this the bucket that was scored\?"):
+        look(tmp_path / "s", tmp_path / "out2")
+    assert not (tmp_path / "out2").exists()
 
 
 def test_a_run_without_any_prediction_is_refused(tmp_path: Path):
@@ -332,6 +336,14 @@ def test_a_change_of_mind_is_undone_to_what_was_before(context: BrowserContext, 
     assert page.locator(".decision").first.inner_text() == "becomes wyvern"
     press(page, "u")
     assert page.locator(".decision").first.inner_text() == "becomes viserion"
+
+
+def test_a_key_that_is_held_decides_once_and_moves_on_and_on(context: BrowserContext, hostile: tuple[Path, Path]):
+    page, _ = open_page(context, hostile[1])
+    for key in ("d", "d", "d", "ArrowRight", "ArrowRight"):
+        page.keyboard.down(key)
+    assert page.inner_text("#num-decided") == "1 of 7 decided."
+    assert focused(page) == "caption-4"
 
 
 def test_without_a_store_the_page_works_and_says_so(

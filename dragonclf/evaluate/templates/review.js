@@ -184,7 +184,6 @@ function renderBar() {
   const isThere = isVisible(current);
   const item = items[current];
   for (const button of document.querySelectorAll("#bar .decides")) button.disabled = !isThere;
-  if (!item) return;
   $("which").textContent = isThere ? `Picture ${current + 1} of ${items.length}` : "No picture";
   $("keep-text").textContent = item.label === null ? `Accept ${item.predicted}` : "Label is right";
   const buttons = $("choices").children;
@@ -235,10 +234,11 @@ document.addEventListener("keydown", (event) => {
     return;
   }
   if ((event.key === "Enter" || event.key === " ") && event.target.matches("button, a, summary")) return;
+  if (event.repeat && !event.key.startsWith("Arrow")) return; // a key that is held decides once
   const place = "123456789".indexOf(event.key);
-  const choice = items.length && place >= 0 ? choicesOf(current)[place] : undefined;
+  const choice = place >= 0 ? choicesOf(current)[place] : undefined;
   if (choice !== undefined) decide(choice);
-  else if (Object.hasOwn(ACTIONS, event.key) && items.length) ACTIONS[event.key]();
+  else if (Object.hasOwn(ACTIONS, event.key)) ACTIONS[event.key]();
   else return;
   event.preventDefault();
 });
@@ -271,7 +271,7 @@ load();
 document.body.dataset.view = "grid";
 render();
 if (decisions.has(0)) select(nextUndecided(0));
-else if (items.length) {
+else {
   select(0, { focus: false });
   tiles[0].firstElementChild.focus({ preventScroll: true }); // the keys work at once, and the page begins at its top
 }
