@@ -57,6 +57,11 @@ def test_labels_change_and_rows_are_left_out_and_nothing_else_does(tmp_path: Pat
     assert made.info.id != before.info.id
     assert correct(tmp_path / "again", rows, file).info.model_dump() == made.info.model_dump()
 
+    lines = Path(file).read_bytes().splitlines(keepends=True)
+    (tmp_path / "other.csv").write_bytes(b"".join([lines[0], *lines[:0:-1]]))
+    other = correct(tmp_path, rows, str(tmp_path / "other.csv"))
+    assert (rows_of(other), other.info.id != made.info.id) == (rows_of(made), True), "provenance is content too"
+
     changed = {
         "/in/cat/003.jpg": {"label": "dog", "corrected_from": "cat"},
         "/in/dog/005.jpg": {"status": "deleted", "error": "left out by a correction"},

@@ -30,7 +30,7 @@ from tests.unit.test_snapshot import image
 SCRIPT = "<script>alert(1)</script>"
 ODD_NAMES = [
     'a "quoted", name.png', "two\nlines.png", "carriage\r\nreturn.png", "дракон 龍 🐉.png", "</script><b>bold</b>.png",
-    "=1+1 '.png", "עברית.png",
+    "bare\rreturn =1+1 '.png", "עברית.png",
 ]  # fmt: skip
 
 
@@ -328,6 +328,22 @@ def test_progress_is_kept_and_undone(context: BrowserContext, hostile: tuple[Pat
     assert page.is_disabled("#download")
     page.reload()
     assert page.inner_text("#num-decided") == "0 of 7 decided."
+
+
+def test_two_pages_of_a_run_share_their_progress(context: BrowserContext, tmp_path: Path):
+    etags = save_pictures(tmp_path / "in", ["1.png", "2.png", "3.png"])
+    thumbnails, _ = page_module.read_thumbnails(list(etags.items()))
+    both = [page_module.Candidate(uri, etag, "cat", "dog", 0.9, 0.1, ["dog", "cat"]) for uri, etag in etags.items()]
+    for name, shown in (("all", both), ("last", both[2:])):
+        page = page_module.render_review(shown, thumbnails=thumbnails, classes=["cat", "dog"], run="r", order="o")
+        (tmp_path / f"{name}.html").write_bytes(page)
+    first, _ = open_page(context, tmp_path / "all.html")
+    press(first, "2 d")
+    last, _ = open_page(context, tmp_path / "last.html")
+    assert last.inner_text("#num-decided") == "0 of 1 decided."
+    press(last, "2 u k")
+    first.reload()
+    assert first.locator(".decision").all_inner_texts() == ["becomes dog", "delete", "the label is right"]
 
 
 def test_a_change_of_mind_is_undone_to_what_was_before(context: BrowserContext, hostile: tuple[Path, Path]):
