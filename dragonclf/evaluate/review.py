@@ -7,7 +7,7 @@ import base64
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
@@ -75,12 +75,12 @@ def render_review(
     script = loader.get_source(environment, "review.js")[0]
     data = {"run": run, "classes": classes, "items": [asdict(one) for one in candidates]}
     template = environment.get_template("review.html.j2")
-    for side, quality in SIZES:
+    for sources in _sources([thumbnails[one.uri] for one in candidates]):
         html = template.render(
             script=script,
             script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
             data=json.dumps(data).replace("<", r"\u003c"),  # no tag can begin in it
-            candidates=[(one, _data_uri(thumbnails[one.uri], side, quality)) for one in candidates],
+            candidates=list(zip(candidates, sources, strict=True)),
             labels=sorted({one.label or one.predicted for one in candidates}),
             classes=classes,
             has_more=len(classes) > KEYS,
@@ -105,6 +105,20 @@ def _thumbnail(uri: str, etag: str | None) -> bytes | str:
     except ImageError as error:
         return f"{error.status}: {error.reason}"
     return _jpeg(Image.fromarray(pixels.permute(1, 2, 0).numpy()), side, quality)
+
+
+def _sources(jpegs: list[bytes]) -> Iterator[list[str]]:
+    """The pictures as data URIs in each size, the largest first, but for sizes in which they alone are more than a page."""
+    for side, quality in SIZES:
+        sources: list[str] = []
+        room = MAX_PAGE_BYTES
+        for jpeg in jpegs:
+            sources.append(_data_uri(jpeg, side, quality))
+            room -= len(sources[-1])
+            if room < 0:
+                break  # so that many pictures are neither all encoded nor all held in each size
+        else:
+            yield sources
 
 
 def _data_uri(jpeg: bytes, side: int, quality: int) -> str:
