@@ -93,6 +93,11 @@ VERBS = {
             "Make a page of the pictures whose labels a person should look at; it ends in a file for `index --corrections`.",
             "dragonclf review report --worst 200 --out review",
         ),
+        Verb(
+            "quality", config.QualityConfig, "dragonclf.verbs.quality:quality",
+            "Rank what is wrong with a snapshot: bad images, copies, suspected label errors. No image is read.",
+            "dragonclf quality s3://work/dragons --features s3://work/models --out quality",
+        ),
     )
 }  # fmt: skip
 

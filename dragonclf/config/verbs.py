@@ -163,3 +163,17 @@ class ReviewConfig(Config):
         "random. None: loss where the run has labels, else uncertain.",
     )
     seed: int = Field(default=0, ge=0, description="Draws the random ones.")
+
+
+class QualityConfig(Config):
+    """Options of `quality`."""
+
+    data: str = Field(
+        description="Snapshot, or the folder that `index` wrote (its newest).", json_schema_extra={"positional": True}
+    )
+    out: str = Field(description="Folder or s3:// prefix for quality.parquet.")
+    features: str | None = Field(
+        default=None,
+        description="Run of features that judges the labels, or the --out of a `train` whose backbone was frozen. None: labels are "
+        "not judged.",
+    )

@@ -1,8 +1,8 @@
 """Snapshots: an immutable, content-addressed list of labelled images, with splits that are functions of content.
 
-OUT/snapshots/ID/images-00000.parquet ...   uri, etag, size, label, split, group, width, height, sha256, status, error, own columns,
-                                            corrected_from where labels were corrected
-                 snapshot.json              written last; ID is the hash of the rows
+OUT/snapshots/ID/images-00000.parquet ...   uri, etag, size, label, split, group, width, height, sha256, phash, brightness, sharpness,
+                                            status, error, own columns, corrected_from where labels were corrected
+                 snapshot.json              written last; ID is the hash of the rows but for what `measures` gives
 OUT/snapshots/_latest.json                  pointer to the newest
 """
 
@@ -21,12 +21,18 @@ from pydantic import BaseModel, Field
 from dragonclf import storage
 from dragonclf.data import corrections, tables
 from dragonclf.data.corrections import AppliedCorrections, Corrections
+from dragonclf.data.measures import Measures
 
 log = logging.getLogger("dragonclf")
 
 MAX_NAMED = 5  # classes in a warning
 INFO, FOLDER, LATEST = "snapshot.json", "snapshots", "_latest.json"
-COLUMNS = ("uri", "etag", "size", "label", "split", "group", "width", "height", "sha256", "status", "error")
+MEASURES = (
+    Measures._fields
+)  # they follow from the content, and another processor may round them otherwise: no part of the ID
+COLUMNS = (
+    "uri", "etag", "size", "label", "split", "group", "width", "height", "sha256", *MEASURES, "status", "error",
+)  # fmt: skip
 SPLITS = ("train", "valid", "test")
 BATCH_ROWS, FILE_BATCHES = 2_048, 200  # a file holds 409,600 rows
 
@@ -35,7 +41,9 @@ class SnapshotInfo(BaseModel):
     """``snapshot.json``."""
 
     format: int = 1
-    id: str = Field(description="First twelve hex digits of the SHA-256 of all rows, and of the files of corrections.")
+    id: str = Field(
+        description="First twelve hex digits of the SHA-256 of all rows, their measures left out, and of the files of corrections."
+    )
     source: str = Field(description="What was indexed.")
     classes: list[str] = Field(description="Labels of usable images, sorted; a class's index is its place here.")
     num_images: int = Field(description="All rows, usable or not.")
@@ -184,12 +192,13 @@ def _write(out_uri: str, db: duckdb.DuckDBPyConnection, folder: Path, facts: dic
     files: list[Path] = []
     order = ", ".join(f'"{name}"' for name in COLUMNS)
     reader = db.sql(f"SELECT {order}, * EXCLUDE ({order}) FROM image ORDER BY uri").to_arrow_reader(BATCH_ROWS)  # noqa: S608
-    digest = hashlib.sha256(repr(reader.schema.names).encode())
+    named = [name for name in reader.schema.names if name not in MEASURES]
+    digest = hashlib.sha256(repr(named).encode())
     for applied in facts["corrections"]:
         digest.update(applied.sha256.encode())
     while batches := list(itertools.islice(reader, FILE_BATCHES)):
         table = pa.Table.from_batches(batches)
-        for row in zip(*(column.to_pylist() for column in table.columns), strict=True):
+        for row in zip(*(column.to_pylist() for column in table.select(named).columns), strict=True):
             digest.update(repr(row).encode())
         files.append(folder / f"images-{len(files):05d}.parquet")
         files[-1].write_bytes(tables.encode(table))

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from dragonclf import storage
 from dragonclf.config import IndexConfig
-from dragonclf.data import corrections, images, listing, selection, snapshot
+from dragonclf.data import corrections, images, listing, measures, selection, snapshot
 from dragonclf.data.images import Picture
 from dragonclf.engine import job, plan, published, runs
 from dragonclf.engine.image_work import ImageWork
@@ -23,10 +24,13 @@ from dragonclf.engine.pipeline import Limits, ShardResult
 log = logging.getLogger("dragonclf")
 
 SPLIT_FOLDERS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
-
-
+# What reading an image gives.
+READ = {
+    "width": pa.int32(), "height": pa.int32(), "sha256": pa.string(),
+    "phash": pa.string(), "brightness": pa.float64(), "sharpness": pa.float64(),
+}  # fmt: skip
 # Columns of our own: a manifest's of that name becomes input_<name>.
-MEASURED = ("width", "height", "sha256", "status", "error", corrections.FROM)
+MEASURED = (*READ, "status", "error", corrections.FROM)
 
 
 def index(config: IndexConfig) -> snapshot.Snapshot:
@@ -40,6 +44,7 @@ def index(config: IndexConfig) -> snapshot.Snapshot:
     given = [corrections.read_corrections(uri) for uri in config.corrections]
     spec = {
         "max_image_bytes": config.max_image_bytes, "max_pixels": config.max_pixels, "decode": images.DECODE_VERSION,
+        "measures": measures.VERSION,
         runs.INPUT: {"source": config.source, **selection.selection_id(config)},
     }  # fmt: skip
     limits = Limits(config.max_image_bytes, config.max_pixels, config.max_image_s)
@@ -74,11 +79,12 @@ class IndexTask:
         return ImageWork(run, self, num_threads, max_bytes)
 
     def open(self, num_threads: int) -> "IndexWorker":
+        torch.set_num_threads(1)  # each decoding thread measures an image of its own
         return IndexWorker()
 
 
 class IndexWorker:
-    """Size in pixels and SHA-256 of each image."""
+    """Size in pixels, SHA-256 and `measures` of each image."""
 
     batch_size = 64
     min_side = None  # whole: what can be trained on is decided here
@@ -87,7 +93,9 @@ class IndexWorker:
         return None
 
     def read(self, data: bytes, picture: Picture) -> tuple[dict[str, Any], None]:
-        return {"width": picture.width, "height": picture.height, "sha256": hashlib.sha256(data).hexdigest()}, None
+        size = {"width": picture.width, "height": picture.height}
+        digest = hashlib.sha256(data).hexdigest()
+        return {**size, "sha256": digest, **measures.measure(picture.pixels)._asdict()}, None
 
     def predict(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         raise AssertionError("an index has no model")
@@ -95,7 +103,7 @@ class IndexWorker:
     def table(self, planned: pa.Table, result: ShardResult) -> pa.Table:
         etags = [read or listed for read, listed in zip(result.etags, planned["etag"].to_pylist(), strict=True)]
         table = planned.select(plan.COLUMNS).set_column(1, "etag", pa.array(etags, pa.string()))
-        for name, kind in (("width", pa.int32()), ("height", pa.int32()), ("sha256", pa.string())):
+        for name, kind in READ.items():
             table = table.append_column(name, pa.array([value.get(name) for value in result.values], kind))
         # An object replaced since it was listed is indexed as it was read, with that etag: nothing of its row is about another.
         statuses = ["ok" if status == "changed" else status for status in result.statuses]

@@ -31,8 +31,10 @@ def test_the_first_folder_is_the_class_and_split_folders_are_respected():
 
 def test_a_manifests_own_columns_are_kept_beside_ours():
     given = listed("/a.jpg").append_column("label", pa.array(["x"])).append_column("width", pa.array([7]))
+    given = given.append_column("brightness", pa.array(["low"]))
     table = _label_manifest(given.append_column("cell", pa.array(["mono"])), "m.csv", Counter())
     assert table["input_width"].to_pylist() == [7]
+    assert table["input_brightness"].to_pylist() == ["low"]
     assert table["cell"].to_pylist() == ["mono"]
     assert "width" not in table.column_names
     with pytest.raises(ValueError, match="'width' and 'input_width'"):

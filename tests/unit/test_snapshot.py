@@ -16,7 +16,7 @@ from dragonclf.data.snapshot import Snapshot, open_snapshot, read_rows, write_sn
 SCHEMA = pa.schema(
     [("uri", pa.string()), ("etag", pa.string()), ("size", pa.int64()), ("label", pa.string()), ("split", pa.string()),
      ("group", pa.string()), ("camera", pa.int64()), ("width", pa.int32()), ("height", pa.int32()), ("sha256", pa.string()),
-     ("status", pa.string()), ("error", pa.string())]
+     ("phash", pa.string()), ("brightness", pa.float64()), ("sharpness", pa.float64()), ("status", pa.string()), ("error", pa.string())]
 )  # fmt: skip
 
 Row = dict[str, object]
@@ -26,7 +26,7 @@ def image(name: str, label: str | None, **changes: object) -> Row:
     content = hashlib.sha256(name.encode()).hexdigest()
     return {
         "uri": f"/in/{name}", "etag": "e", "size": 9, "label": label, "split": None, "group": None, "camera": 3, "width": 4,
-        "height": 5, "sha256": content, "status": "ok", "error": None, **changes,
+        "height": 5, "sha256": content, "phash": content, "brightness": 0.5, "sharpness": 0.1, "status": "ok", "error": None, **changes,
     }  # fmt: skip
 
 
@@ -126,6 +126,8 @@ def test_the_id_is_of_the_content(tmp_path: Path):
     ]
     ids = [write(tmp_path / "c", [{**rows[0], **change}, *rows[1:]]).info.id for change in changes]
     assert len({made.info.id, *ids}) == len(changes) + 1
+    rounded = [{**rows[0], "phash": "f" * 64, "brightness": 0.5001, "sharpness": None}, *rows[1:]]
+    assert write(tmp_path / "e", rounded).info.id == made.info.id, "measures follow from the content"
     tables = [pa.Table.from_pylist(rows, schema=SCHEMA).rename_columns({"camera": "lens"})]
     renamed = write_snapshot(str(tmp_path / "d"), tables, source="/in", valid_fraction=0.25, seed=0)
     assert renamed.info.id != made.info.id, "a column of another name"

@@ -1,0 +1,172 @@
+"""`quality`: what is wrong with a snapshot's images and labels, ranked.
+
+OUT/quality.parquet   a row an issue and image: issue, rank (from 1, the worst), uri, label, split, score, other, detail
+"""
+
+import logging
+from collections.abc import Iterator
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import torch
+from pydantic import BaseModel, Field
+
+from dragonclf import storage
+from dragonclf.config import QualityConfig
+from dragonclf.data import sorting
+from dragonclf.data.quality import COLUMNS, ISSUES, find_issues
+from dragonclf.data.snapshot import SPLITS, Snapshot, open_snapshot, read_rows
+from dragonclf.engine import published
+from dragonclf.evaluate.label_errors import suspects
+from dragonclf.train.held_out import held_out_probs
+
+log = logging.getLogger("dragonclf")
+
+FOUND = "quality.parquet"
+
+
+class IssueCount(BaseModel):
+    """One issue."""
+
+    issue: str
+    num_images: int
+    worst: str = Field(description="URI of the image that has it most.")
+
+
+class QualitySummary(BaseModel):
+    """What is wrong with a snapshot."""
+
+    snapshot: str = Field(description="URI of the snapshot.")
+    num_images: int = Field(description="Labelled images that were looked at.")
+    num_judged: int = Field(description="Images whose labels were compared with what a model says of them.")
+    found: str = Field(description="URI of quality.parquet.")
+    issues: list[IssueCount] = Field(description="Those that some image has.")
+
+
+def quality(config: QualityConfig) -> QualitySummary:
+    """Look for bad images, copies and, with `config.features`, label errors in a snapshot, and write OUT/quality.parquet. No image is read.
+
+    Training labels are judged by cross-validation within the training images, validation labels by all of these; no other label counts.
+    ValueError for a snapshot without measures, or features that are of other images.
+    """
+    snapshot = open_snapshot(config.data)
+    with sorting.database() as (db, folder):
+        find_issues(db, _rows(snapshot))
+        num_judged = 0
+        if config.features is None:
+            log.info("quality: labels are not judged: --features with the --out of a `train` whose backbone was frozen")
+        else:
+            num_judged = _find_label_errors(db, snapshot, find_features(config.features))
+        path, uri = folder / FOUND, storage.join(config.out, FOUND)
+        order = ", ".join(f"'{name}'" for name in ISSUES)
+        db.execute(
+            f"COPY (FROM issue ORDER BY list_position([{order}], issue), rank) TO '{path}' (FORMAT parquet, COMPRESSION zstd)"
+        )
+        storage.put_file(uri, path)
+        [(num_images,)] = db.execute("SELECT count(*) FROM image").fetchall()
+        counts = db.execute(
+            f"SELECT issue, count(*), arg_min(uri, rank) FROM issue GROUP BY issue ORDER BY list_position([{order}], issue)"  # noqa: S608
+        ).fetchall()
+    return QualitySummary(
+        snapshot=snapshot.uri, num_images=num_images, num_judged=num_judged, found=uri,
+        issues=[IssueCount(issue=name, num_images=count, worst=worst) for name, count, worst in counts],
+    )  # fmt: skip
+
+
+def find_features(uri: str) -> str:
+    """URI of the run of features that a user means: a run, the folder of its runs, or the --out of a `train` with one such folder."""
+    if uri.rpartition("/")[0].endswith("/runs") or published.find_latest(uri):
+        return published.find_run(uri)
+    pointers = [
+        found.uri
+        for found in storage.list_objects(storage.join(uri, "features"))
+        if storage.name(found.uri) == published.LATEST
+    ]
+    runs = [published.read_latest(pointer.removesuffix(f"/{published.LATEST}")) for pointer in pointers]
+    plain = [run for run in runs if "views" not in published.read_manifest(run).spec]
+    if len(plain) != 1:
+        raise ValueError(
+            f"{uri} has {', '.join(plain) or 'no'} features under it: name a run, as `train` with a frozen backbone writes under its --out"
+        )
+    return plain[0]
+
+
+def _rows(snapshot: Snapshot) -> Iterator[pa.Table]:
+    for table in read_rows(snapshot, splits=SPLITS, usable_only=False):
+        missing = [name for name in COLUMNS if name not in table.column_names]
+        if missing:
+            raise ValueError(
+                f"snapshot {snapshot.info.id} has no column {missing[0]!r}: an earlier version made it; index its source again"
+            )
+        yield table
+
+
+def _find_label_errors(db: duckdb.DuckDBPyConnection, snapshot: Snapshot, features_uri: str) -> int:
+    """Add the suspects of each split to ``issue``. Returns how many labels were judged."""
+    features, rows = _features_of(snapshot, features_uri)
+    classes = snapshot.info.classes
+    labels = torch.tensor([classes.index(label) for label in rows["label"].to_pylist()], dtype=torch.int64)
+    splits = np.array(rows["split"].to_pylist())
+    is_train = splits == "train"
+    groups = [
+        group or digest for group, digest in zip(rows["group"].to_pylist(), rows["sha256"].to_pylist(), strict=True)
+    ]
+    held_out, others = held_out_probs(
+        features[is_train], labels[is_train], [group for group, own in zip(groups, is_train, strict=True) if own],
+        features[~is_train], num_classes=len(classes),
+    )  # fmt: skip
+    probs = np.empty((len(rows), len(classes)), np.float32)
+    probs[is_train], probs[~is_train] = held_out, others
+    is_judged = np.isfinite(probs).all(axis=1)
+    for split in SPLITS:
+        chosen = np.flatnonzero(is_judged & (splits == split))
+        if not len(chosen):
+            continue
+        found = suspects(probs[chosen], labels.numpy()[chosen])
+        worst = found.order[: found.is_suspect.sum()]
+        suggested = [f"rather {classes[label]}" for label in found.suggested[worst]]
+        batch = rows.select(["uri", "label", "split"]).take(pa.array(chosen[worst]))
+        batch = batch.append_column("score", pa.array(found.margin[worst])).append_column(
+            "detail", pa.array(suggested, pa.string())
+        )
+        db.register("batch", batch)
+        db.execute(
+            """INSERT INTO issue SELECT 'label_error', row_number() OVER (ORDER BY score, uri), uri, label, split, score, NULL, detail
+               FROM batch"""
+        )
+        db.unregister("batch")
+    return int(is_judged.sum())
+
+
+def _features_of(snapshot: Snapshot, features_uri: str) -> tuple[torch.Tensor, pa.Table]:
+    """Features float32 (N, F) of the snapshot's usable images that the run has with the same etag, and their rows."""
+    if published.read_manifest(features_uri).verb != "features":
+        raise ValueError(f"{features_uri} is no run of features: name one that `train` wrote under its --out")
+    tables = [
+        table.select(["uri", "etag", "label", "split", "group", "sha256"])
+        for table in read_rows(snapshot, splits=SPLITS)
+    ]
+    rows = pa.concat_tables(tables)
+    place_of = {
+        key: place for place, key in enumerate(zip(rows["uri"].to_pylist(), rows["etag"].to_pylist(), strict=True))
+    }
+    found: list[np.ndarray] = []
+    places: list[int] = []
+    for part in published.read_parts(features_uri, columns=["uri", "etag", "status", "features"]):
+        cells = zip(*(part[name].to_pylist() for name in ("uri", "etag", "status")), strict=True)
+        own = [(row, place_of.get((uri, etag))) for row, (uri, etag, status) in enumerate(cells) if status == "ok"]
+        kept = [(row, place) for row, place in own if place is not None]
+        column = part["features"].combine_chunks()
+        values = column.flatten().to_numpy().reshape(-1, column.type.list_size)
+        found.append(values[[row for row, _ in kept]])
+        places += [place for _, place in kept]
+    if not places:
+        raise ValueError(
+            f"the features at {features_uri} are of no image of snapshot {snapshot.info.id}: name another run"
+        )
+    if len(places) < len(rows):
+        log.info(
+            "quality: %s of %s labels are judged: the others have no features", f"{len(places):,}", f"{len(rows):,}"
+        )
+    return torch.from_numpy(np.concatenate(found)), rows.take(pa.array(places))
