@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from pydantic import BaseModel, Field
 
@@ -78,11 +79,11 @@ def find_features(uri: str) -> str:
     """URI of the run of features that a user means: a run, the folder of its runs, or the --out of a `train` with one such folder."""
     if uri.rpartition("/")[0].endswith("/runs") or published.find_latest(uri):
         return published.find_run(uri)
-    pointers = [
-        found.uri
-        for found in storage.list_objects(storage.join(uri, "features"))
-        if storage.name(found.uri) == published.LATEST
-    ]
+    try:
+        names = [found.uri for found in storage.list_objects(storage.join(uri, "features"))]
+    except storage.ObjectMissingError:  # no such folder
+        names = []
+    pointers = [name for name in names if storage.name(name) == published.LATEST]
     runs = [published.read_latest(pointer.removesuffix(f"/{published.LATEST}")) for pointer in pointers]
     plain = [run for run in runs if "views" not in published.read_manifest(run).spec]
     if len(plain) != 1:
@@ -148,19 +149,16 @@ def _features_of(snapshot: Snapshot, features_uri: str) -> tuple[torch.Tensor, p
         for table in read_rows(snapshot, splits=SPLITS)
     ]
     rows = pa.concat_tables(tables)
-    place_of = {
-        key: place for place, key in enumerate(zip(rows["uri"].to_pylist(), rows["etag"].to_pylist(), strict=True))
-    }
+    place_of = {key: place for place, key in enumerate(_keys(rows))}
     found: list[np.ndarray] = []
     places: list[int] = []
     for part in published.read_parts(features_uri, columns=["uri", "etag", "status", "features"]):
-        cells = zip(*(part[name].to_pylist() for name in ("uri", "etag", "status")), strict=True)
-        own = [(row, place_of.get((uri, etag))) for row, (uri, etag, status) in enumerate(cells) if status == "ok"]
-        kept = [(row, place) for row, place in own if place is not None]
+        part = part.filter(pc.field("status") == "ok")
+        own = [place_of.get(key) for key in _keys(part)]
         column = part["features"].combine_chunks()
         values = column.flatten().to_numpy().reshape(-1, column.type.list_size)
-        found.append(values[[row for row, _ in kept]])
-        places += [place for _, place in kept]
+        found.append(values[[place is not None for place in own]])
+        places += [place for place in own if place is not None]
     if not places:
         raise ValueError(
             f"the features at {features_uri} are of no image of snapshot {snapshot.info.id}: name another run"
@@ -170,3 +168,9 @@ def _features_of(snapshot: Snapshot, features_uri: str) -> tuple[torch.Tensor, p
             "quality: %s of %s labels are judged: the others have no features", f"{len(places):,}", f"{len(rows):,}"
         )
     return torch.from_numpy(np.concatenate(found)), rows.take(pa.array(places))
+
+
+def _keys(rows: pa.Table) -> Iterator[tuple[str, str | None]]:
+    """uri and etag, which tell an object as it was."""
+    for uri, etag in zip(rows["uri"].to_pylist(), rows["etag"].to_pylist(), strict=True):
+        yield uri, etag and etag.strip('"')

@@ -15,6 +15,7 @@ from dragonclf.config import QualityConfig
 from dragonclf.data import quality
 from dragonclf.data.quality import ISSUES, find_issues
 from dragonclf.verbs.quality import quality as run_quality
+from tests.unit.test_diff import publish
 from tests.unit.test_snapshot import SCHEMA, Row, image, write
 
 Found = dict[str, list[dict[str, Any]]]
@@ -171,6 +172,87 @@ def test_the_verb_writes_every_issue_and_counts_them(tmp_path: Path):
         ("exact_duplicate", 2, "/in/cat/000.jpg"), ("dark", 1, "/in/cat/002.jpg"),
     ]  # fmt: skip
     assert (summary.num_images, summary.num_judged, summary.snapshot) == (60, 0, made.uri)
+
+
+def labelled_rows() -> tuple[list[Row], pa.Table, dict[str, list[str]]]:
+    """Images of two classes in three splits, their features, which tell the class, and the URIs in each split with a wrong label."""
+    rng = np.random.default_rng(5)
+    rows: list[Row] = []
+    values: list[np.ndarray] = []
+    wrong: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
+    for split, count in (("train", 120), ("valid", 40), ("test", 40)):
+        for i in range(count):
+            truth = int(i % 2)
+            is_wrong = i in (3, 10)
+            label = ("cat", "dog")[truth ^ is_wrong]
+            rows.append(image(f"{split}/{i:03d}.jpg", label, split=split, etag=f"e{i}"))
+            values.append(rng.normal(0, 0.5, 6) + 2 * np.eye(2, 6)[truth])
+            if is_wrong:
+                wrong[split].append(str(rows[-1]["uri"]))
+    features = pa.table(
+        {
+            "uri": [row["uri"] for row in rows], "etag": [row["etag"] for row in rows], "status": ["ok"] * len(rows),
+            "error": pa.nulls(len(rows), pa.string()),
+            "features": pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(values).astype(np.float32)), 6),
+        }
+    )  # fmt: skip
+    return rows, features, wrong
+
+
+def label_errors(rows: Sequence[Row], features: str, out: Path) -> dict[str, list[tuple[str, float, str]]]:
+    """By split, by rank."""
+    data = write(out / "data", rows).uri
+    summary = run_quality(QualityConfig(data=data, out=str(out), features=features))
+    table = pq.read_table(summary.found)
+    found = [row for row in table.to_pylist() if row["issue"] == "label_error"]
+    return {
+        split: [(row["uri"], row["score"], row["detail"]) for row in found if row["split"] == split]
+        for split in ("train", "valid", "test")
+    }  # fmt: skip
+
+
+def test_labels_are_judged_and_those_of_test_images_decide_nothing(tmp_path: Path):
+    rows, features, wrong = labelled_rows()
+    publish(tmp_path / "models/features/net-1", features, verb="features", shard_images=70)
+    found = label_errors(rows, str(tmp_path / "models"), tmp_path / "a")
+    for split, expected in wrong.items():
+        assert {uri for uri, _, _ in found[split][:2]} == set(expected)
+        assert {detail for _, _, detail in found[split][:2]} == {"rather cat", "rather dog"}
+        assert [score for _, score, _ in found[split]] == sorted(score for _, score, _ in found[split])
+    other = {"cat": "dog", "dog": "cat"}
+    flipped_test = [{**row, "label": other[str(row["label"])]} if row["split"] == "test" else row for row in rows]
+    again = label_errors(flipped_test, str(tmp_path / "models"), tmp_path / "b")
+    assert (again["train"], again["valid"]) == (found["train"], found["valid"])
+    assert again["test"] != found["test"]
+    flipped_valid = [{**row, "label": other[str(row["label"])]} if row["split"] == "valid" else row for row in rows]
+    assert label_errors(flipped_valid, str(tmp_path / "models"), tmp_path / "c")["train"] == found["train"]
+
+
+def test_only_images_whose_features_are_theirs_are_judged(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    rows, features, wrong = labelled_rows()
+    run = publish(tmp_path / "features", features, verb="features")
+    replaced = [{**row, "etag": "new"} if row["uri"] == wrong["train"][0] else row for row in rows]
+    made = write(tmp_path / "data", replaced)
+    with caplog.at_level("INFO", logger="dragonclf"):
+        summary = run_quality(QualityConfig(data=made.uri, out=str(tmp_path / "out"), features=run))
+    assert summary.num_judged == 199
+    assert "199 of 200 labels are judged" in caplog.text
+    assert wrong["train"][0] not in pq.read_table(summary.found)["uri"].to_pylist()
+    foreign = write(tmp_path / "other", [{**row, "etag": "x"} for row in rows])
+    with pytest.raises(ValueError, match=f"are of no image of snapshot {foreign.info.id}"):
+        run_quality(QualityConfig(data=foreign.uri, out=str(tmp_path / "out"), features=run))
+
+
+def test_features_that_are_none_or_several_are_refused(tmp_path: Path):
+    rows, features, _ = labelled_rows()
+    data = write(tmp_path / "data", rows).uri
+    scores = publish(tmp_path / "scores", features, verb="score")
+    for given, message in ((tmp_path / "nothing", "has no features under it"), (scores, "is no run of features")):
+        with pytest.raises(ValueError, match=message):
+            run_quality(QualityConfig(data=data, out=str(tmp_path / "out"), features=str(given)))
+    two = [publish(tmp_path / f"models/features/net-{i}", features, verb="features") for i in range(2)]
+    with pytest.raises(ValueError, match=f"{two[0]}, {two[1]} features under it"):
+        run_quality(QualityConfig(data=data, out=str(tmp_path / "out"), features=str(tmp_path / "models")))
 
 
 def test_a_snapshot_without_measures_is_refused_by_name(tmp_path: Path):
