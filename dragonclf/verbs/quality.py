@@ -25,6 +25,8 @@ from dragonclf.train.held_out import held_out_probs
 log = logging.getLogger("dragonclf")
 
 FOUND = "quality.parquet"
+# Labels that another class confidently contradicts, and those that another class is just likelier than; ranked in each split.
+LABEL_ISSUES = ("label_error", "label_doubt")
 
 
 class IssueCount(BaseModel):
@@ -60,14 +62,15 @@ def quality(config: QualityConfig) -> QualitySummary:
         else:
             num_judged = _find_label_errors(db, snapshot, find_features(config.features))
         path, uri = folder / FOUND, storage.join(config.out, FOUND)
-        order = ", ".join(f"'{name}'" for name in ISSUES)
+        order = ", ".join(f"'{name}'" for name in (LABEL_ISSUES[0], *ISSUES, LABEL_ISSUES[1]))
         db.execute(
-            f"COPY (FROM issue ORDER BY list_position([{order}], issue), rank) TO '{path}' (FORMAT parquet, COMPRESSION zstd)"
+            f"COPY (FROM issue ORDER BY list_position([{order}], issue), rank, uri) TO '{path}' (FORMAT parquet, COMPRESSION zstd)"
         )
         storage.put_file(uri, path)
         [(num_images,)] = db.execute("SELECT count(*) FROM image").fetchall()
         counts = db.execute(
-            f"SELECT issue, count(*), arg_min(uri, rank) FROM issue GROUP BY issue ORDER BY list_position([{order}], issue)"  # noqa: S608
+            f"""SELECT issue, count(*), min({{'rank': rank, 'score': score, 'uri': uri}}).uri FROM issue
+                GROUP BY issue ORDER BY list_position([{order}], issue)"""  # noqa: S608
         ).fetchall()
     return QualitySummary(
         snapshot=snapshot.uri, num_images=num_images, num_judged=num_judged, found=uri,
@@ -125,16 +128,16 @@ def _find_label_errors(db: duckdb.DuckDBPyConnection, snapshot: Snapshot, featur
         if not len(chosen):
             continue
         found = suspects(probs[chosen], labels.numpy()[chosen])
-        worst = found.order[: found.is_suspect.sum()]
-        suggested = [f"rather {classes[label]}" for label in found.suggested[worst]]
+        worst = found.order[found.margin[found.order] < 0]
         batch = rows.select(["uri", "label", "split"]).take(pa.array(chosen[worst]))
-        batch = batch.append_column("score", pa.array(found.margin[worst])).append_column(
-            "detail", pa.array(suggested, pa.string())
-        )
+        batch = batch.append_column("issue", pa.array(np.where(found.is_suspect[worst], *LABEL_ISSUES)))
+        batch = batch.append_column("score", pa.array(found.margin[worst]))
+        suggested = [f"rather {classes[label]}" for label in found.suggested[worst]]
+        batch = batch.append_column("detail", pa.array(suggested, pa.string()))
         db.register("batch", batch)
         db.execute(
-            """INSERT INTO issue SELECT 'label_error', row_number() OVER (ORDER BY score, uri), uri, label, split, score, NULL, detail
-               FROM batch"""
+            """INSERT INTO issue SELECT issue, row_number() OVER (PARTITION BY issue ORDER BY score, uri), uri, label, split, score, NULL,
+                                        detail FROM batch"""
         )
         db.unregister("batch")
     return int(is_judged.sum())
