@@ -5,7 +5,11 @@ All three come of one grey thumbnail of 128 x 128 pixels, whatever the image's s
 The hash is pHash (Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010): the signs of the lowest frequencies
 of the cosine transform against their median, as the library imagehash has it. It has 256 bits, not the usual 64, which take pictures of one
 kind of thing for each other: of 2,624 solar cells 203 pairs are as near by 64 bits as re-encoded copies are, by 256 bits 53, and
-nearly all of these are one cell, photographed twice.
+these are one cell, photographed twice.
+
+Sharpness is the energy of the Laplacian (Subbarao, Choi, Nikzad, "Focusing techniques", Optical Engineering 1993) over that of the
+gradient. Alone it tells contrast and texture rather than focus. Beside the variance of the grey levels, a limit that finds
+93 % of elpv's photographs blurred by 4 of 300 pixels took 73 plain ones for blurred; beside the gradient 99 % and 13.
 """
 
 from typing import NamedTuple
@@ -28,7 +32,9 @@ class Measures(NamedTuple):
 
     phash: str | None  # 64 hex digits; None: the image is of one colour all over
     brightness: float  # mean grey level, 0 (black) to 1 (white)
-    sharpness: float | None  # variance of the Laplacian over that of the grey levels, 0 to 20; None as `phash`
+    sharpness: (
+        float | None
+    )  # mean square of the Laplacian over that of the gradient, 0 (soft) to 8 (noise); None as `phash`
 
 
 def measure(pixels: torch.Tensor) -> Measures:
@@ -39,12 +45,18 @@ def measure(pixels: torch.Tensor) -> Measures:
         return Measures(None, brightness, None)
     low = _COSINES @ grey @ _COSINES.T
     phash = np.packbits(low > np.median(low)).tobytes().hex()
-    laplacian = 4 * grey[1:-1, 1:-1] - grey[:-2, 1:-1] - grey[2:, 1:-1] - grey[1:-1, :-2] - grey[1:-1, 2:]
-    return Measures(phash, brightness, round(float(laplacian.var()) / variance, 6))
+    across, down = grey[:, 1:] - grey[:, :-1], grey[1:] - grey[:-1]
+    laplacian = across[1:-1, 1:] - across[1:-1, :-1] + down[1:, 1:-1] - down[:-1, 1:-1]
+    sharpness = _mean_square(laplacian) / (_mean_square(across) + _mean_square(down))
+    return Measures(phash, brightness, round(sharpness, 6))
+
+
+def _mean_square(values: np.ndarray) -> float:
+    return float(np.vdot(values, values)) / values.size
 
 
 def _thumbnail(pixels: torch.Tensor) -> np.ndarray:
     """Grey levels 0 to 255, float32 (128, 128). Of a large image every second, third, ... pixel is averaged."""
-    down, across = (max(1, side // (2 * SIDE)) for side in pixels.shape[1:])
-    small = F.interpolate(pixels[None, :, ::down, ::across], (SIDE, SIDE), mode="bilinear", antialias=True)[0]
+    step = max(1, min(pixels.shape[1:]) // (2 * SIDE))
+    small = F.interpolate(pixels[None, :, ::step, ::step], (SIDE, SIDE), mode="bilinear", antialias=True)[0]
     return small.permute(1, 2, 0).numpy().astype(np.float32) @ _GREY

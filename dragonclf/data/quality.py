@@ -19,7 +19,7 @@ from dragonclf.data.snapshot import MEASURES
 COLUMNS = ["uri", "label", "split", "width", "height", "sha256", *MEASURES, "status", "error"]
 
 # Of re-encoded copies of 300 elpv photographs, 99 % are as near (JPEG of quality 85, or 0.9 times as large), 90 % at quality 50 or half the
-# size; of all pairs of its 2,624 photographs 53 are, which are photographs of one cell but for a few.
+# size; of all pairs of its 2,624 photographs 53 are, each of one cell.
 MAX_DISTANCE = 10
 LIMITS = {
     "dark": 0.1,  # of brightness
