@@ -59,7 +59,7 @@ _ISSUES = {
     "dark": """
         SELECT *, brightness AS score, NULL AS other, NULL AS detail, score AS key FROM usable WHERE score < getvariable('dark')""",
     "blurred": """
-        WITH log AS (SELECT *, ln(greatest(sharpness, 1e-6)) AS log FROM usable),
+        WITH log AS (SELECT *, ln(greatest(sharpness, 1e-6)) AS log FROM usable WHERE sharpness IS NOT NULL),
              whole AS (SELECT median(log) AS middle, 1.4826 * mad(log) AS spread FROM log)
         SELECT log.*, (log - middle) / nullif(spread, 0) AS score, NULL AS other, 'sharpness ' || sharpness AS detail, score AS key
         FROM log, whole WHERE score < getvariable('blurred')""",

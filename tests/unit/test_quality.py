@@ -119,6 +119,7 @@ def test_dark_blurred_and_unreadable_images():
     rows[6] |= {"brightness": 0.1}
     rows[7] |= {"sharpness": 0.001}
     rows[8] |= {"sharpness": 0.0}
+    rows[10] |= {"sharpness": None, "phash": None}
     rows[9] |= {
         "status": "unreadable",
         "error": "cut",
@@ -130,11 +131,11 @@ def test_dark_blurred_and_unreadable_images():
     found = found_in(rows)
     assert uris(found["dark"]) == ["003.jpg", "005.jpg"]
     assert uris(found["blurred"]) == ["008.jpg", "007.jpg"]
-    logs = np.log([max(float(str(row["sharpness"])), 1e-6) for row in rows if row["status"] == "ok"])
+    logs = np.log([max(float(str(row["sharpness"])), 1e-6) for row in rows if row["sharpness"] is not None])
     z = (np.log(0.001) - np.median(logs)) / (1.4826 * np.median(np.abs(logs - np.median(logs))))
     assert found["blurred"][1]["score"] == pytest.approx(z)
     assert [(row["uri"], row["detail"]) for row in found["unreadable"]] == [("/in/009.jpg", "unreadable: cut")]
-    assert not found["flat"]
+    assert uris(found["flat"]) == ["010.jpg"]
 
 
 def test_odd_sizes_and_aspects_by_the_rules_of_cleanvision():
