@@ -55,9 +55,11 @@ def scored(
     )
 
 
-def publish(out: Path, table: pa.Table, *, model: str = "m1", verb: str = "score", shard_images: int = 2) -> str:
-    """Publish the rows as a run, in shards, and point to it. Returns its URI."""
-    spec = {"model": model}
+def publish(
+    out: Path, table: pa.Table, *, model: str = "m1", verb: str = "score", shard_images: int = 2, **further: Any
+) -> str:
+    """Publish the rows as a run, in shards, and point to it; its spec has `further` too. Returns its URI."""
+    spec = {"model": model, **further}
     planned = pa.Table.from_pylist([{"uri": uri, "etag": None, "size": 5} for uri in table["uri"].to_pylist()], SCHEMA)
     with lease.Lease(runs.lease_uri(str(out), verb, spec)) as held:
         run = runs.open_run(

@@ -251,6 +251,9 @@ def test_features_that_are_none_or_several_are_refused(tmp_path: Path):
     for given, message in ((tmp_path / "nothing", "has no features under it"), (scores, "is no run of features")):
         with pytest.raises(ValueError, match=message):
             run_quality(QualityConfig(data=data, out=str(tmp_path / "out"), features=str(given)))
+    publish(tmp_path / "models/features/net-9", features, verb="features", views={"count": 2})
+    with pytest.raises(ValueError, match="has no features under it"):
+        run_quality(QualityConfig(data=data, out=str(tmp_path / "out"), features=str(tmp_path / "models")))
     two = [publish(tmp_path / f"models/features/net-{i}", features, verb="features") for i in range(2)]
     with pytest.raises(ValueError, match=f"{two[0]}, {two[1]} features under it"):
         run_quality(QualityConfig(data=data, out=str(tmp_path / "out"), features=str(tmp_path / "models")))
