@@ -151,16 +151,7 @@ def save_bundle(
 def load_bundle(uri: str) -> Bundle:
     """Read a bundle and check every file against ``model.json``. ValueError if there is none or it was damaged."""
     uri = storage.resolve(uri)
-    found = storage.get_if_exists(storage.join(uri, INFO))
-    if found is None:
-        raise ValueError(
-            f"there is no model bundle at {uri}: {INFO} is missing; give the folder that `dragonclf train` names as its model"
-        )
-    try:
-        info = BundleInfo.model_validate_json(found[0])
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{uri}/{INFO} is not valid: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    info, version = read_info(uri)
     names = [WEIGHTS, EXPECTED, *(f"canaries/{index}" for index in range(info.num_canaries))]
     files = {name: _checked(uri, name, info) for name in names}
     expected = safetensors.numpy.load(files[EXPECTED])
@@ -173,8 +164,22 @@ def load_bundle(uri: str) -> Bundle:
             f"{first_line(error)}: install the package versions named in its {INFO}"
         ) from error
     images = [files[f"canaries/{index}"] for index in range(info.num_canaries)]
-    version = hashlib.sha256(found[0]).hexdigest()[:12]
     return Bundle(uri, version, info, model.eval(), images, expected["pixels"], expected["logits"])
+
+
+def read_info(uri: str) -> tuple[BundleInfo, str]:
+    """What ``model.json`` of a bundle says, and the bundle's version; no other file is read. ValueError if there is none or it is damaged."""
+    found = storage.get_if_exists(storage.join(uri, INFO))
+    if found is None:
+        raise ValueError(
+            f"there is no model bundle at {uri}: {INFO} is missing; give the folder that `dragonclf train` names as its model"
+        )
+    try:
+        info = BundleInfo.model_validate_json(found[0])
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{uri}/{INFO} is not valid: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    return info, hashlib.sha256(found[0]).hexdigest()[:12]
 
 
 def copy_bundle(uri: str, to_uri: str) -> str:
