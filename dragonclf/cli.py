@@ -98,6 +98,11 @@ VERBS = {
             "Rank what is wrong with a snapshot: bad images, copies, suspected label errors. No image is read.",
             "dragonclf quality s3://work/dragons --features s3://work/models --out quality",
         ),
+        Verb(
+            "compare", config.CompareConfig, "dragonclf.verbs.compare:compare",
+            "Compare training runs with the first: options, figures, slices, and the images that only one has right.",
+            "dragonclf compare s3://work/models/RUN s3://work/models/OTHER --out comparison",
+        ),
     )
 }  # fmt: skip
 

@@ -24,6 +24,7 @@ from dragonclf.config.training import (
     TrainConfig,
 )
 from dragonclf.config.verbs import (
+    CompareConfig,
     DiffConfig,
     EvaluateConfig,
     ExportConfig,
@@ -41,6 +42,7 @@ __all__ = [
     "MAX_IMAGE_S",
     "MAX_PIXELS",
     "BudgetConfig",
+    "CompareConfig",
     "DiffConfig",
     "EvaluateConfig",
     "ExecutionConfig",

@@ -17,7 +17,9 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    @field_validator("out", "source", "data", "model", "features", "run", "run_a", "run_b", check_fields=False)
+    @field_validator(
+        "out", "source", "data", "model", "features", "run", "run_a", "run_b", "reference", check_fields=False
+    )
     @classmethod
     def _resolve(cls, uri: str | None) -> str | None:
         return None if uri is None else storage.resolve(uri)

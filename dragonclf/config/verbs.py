@@ -177,3 +177,31 @@ class QualityConfig(Config):
         description="Run of features that judges the labels, or the --out of a `train` whose backbone was frozen. None: labels are "
         "not judged.",
     )
+
+
+class CompareConfig(Config):
+    """Options of `compare`."""
+
+    reference: str = Field(
+        description="Folder of a run of `train`, with which the others are compared.",
+        json_schema_extra={"positional": True},
+    )
+    runs: list[str] = Field(
+        min_length=1,
+        max_length=7,
+        description="Folders of other runs, 7 at most.",
+        json_schema_extra={"positional": True},
+    )
+    out: str | None = Field(default=None, description="Folder or s3:// prefix for compare.html. None: only the tables.")
+
+    @field_validator("runs")
+    @classmethod
+    def _resolve_runs(cls, uris: list[str]) -> list[str]:
+        return [storage.resolve(uri) for uri in uris]
+
+    @model_validator(mode="after")
+    def _check_once(self) -> "CompareConfig":
+        seen = [uri.rstrip("/") for uri in (self.reference, *self.runs)]
+        if twice := next((uri for uri in seen if seen.count(uri) > 1), None):
+            raise ValueError(f"{twice} is given twice: give each run once")
+        return self

@@ -168,7 +168,7 @@ def load_bundle(uri: str) -> Bundle:
 
 
 def read_info(uri: str) -> tuple[BundleInfo, str]:
-    """What ``model.json`` of a bundle says, and the bundle's version; no other file is read. ValueError if there is none or it is damaged."""
+    """What ``model.json`` of a bundle says, and the bundle's version. ValueError if there is none or it is damaged."""
     found = storage.get_if_exists(storage.join(uri, INFO))
     if found is None:
         raise ValueError(
