@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 from pydantic import BaseModel, Field
 
 from dragonclf import storage
@@ -18,6 +19,7 @@ from dragonclf.data import tables
 
 MANIFEST, LATEST = "_manifest.json", "_latest.json"
 NUM_READERS = 16
+BATCH_ROWS = 8_192
 
 
 class Manifest(BaseModel):
@@ -109,6 +111,18 @@ def open_rows(run_uri: str, manifest: Manifest) -> ds.Dataset:
     return ds.dataset(paths, format="parquet", filesystem=filesystem)
 
 
+def read_batches(rows: ds.Dataset, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of `open_rows` in small batches, in constant memory.
+
+    Part by part: the dataset's own scanner reads hundreds of MiB ahead of a slower consumer, whatever its readahead says.
+    """
+    for fragment in rows.get_fragments():
+        assert isinstance(fragment, ds.ParquetFileFragment)
+        with pq.ParquetFile(fragment.path, filesystem=fragment.filesystem, pre_buffer=True) as part:
+            for batch in part.iter_batches(BATCH_ROWS, columns=columns):
+                yield batch.select(columns)  # of columns x and x.y the reader takes both for x
+
+
 def read_parts(run_uri: str, *, columns: list[str] | None = None) -> Iterator[pa.Table]:
     """Yield the tables of a published run's parts in plan order, reading one ahead. Raises ValueError if it is not published."""
     manifest = read_manifest(run_uri)
@@ -154,6 +168,15 @@ def read_parts_table(run_uri: str, manifest: Manifest) -> pa.Table:
             f"{run_uri}/{manifest.parts_table} is not what {MANIFEST} says: it was changed since; score again with --new-run"
         )
     return tables.decode(encoded, manifest.parts_table)
+
+
+def part_times(run_uri: str, manifest: Manifest) -> list[tuple[float, int]]:
+    """(seconds since 1970, images that were read for it) of each part as it was written, in the order of time. A copy has other times."""
+    table = read_parts_table(run_uri, manifest)
+    shards, images, kept = (table[name].to_pylist() for name in ("shard", "images", "num_kept"))
+    filesystem, paths = storage.arrow_files([storage.join(run_uri, f"parts/{shard:08d}.parquet") for shard in shards])
+    times = [found.mtime_ns / 1e9 for found in filesystem.get_file_info(paths)]
+    return sorted(zip(times, (all_ - few for all_, few in zip(images, kept, strict=True)), strict=True))
 
 
 class PartFacts(BaseModel):

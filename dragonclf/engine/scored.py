@@ -5,48 +5,17 @@
 probs is a list in the order of the model's classes, null unless the row has a label.
 """
 
-import contextlib
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import duckdb
 import pyarrow as pa
 import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 
-from dragonclf import storage
+from dragonclf.engine import published
 from dragonclf.storage import StorageError
 from dragonclf.storage.errors import first_line
 
 COLUMNS = ["uri", "etag", "status", "label", "confidence"]
-BATCH_ROWS = 8_192
-MEMORY_LIMIT = "512MB"  # of DuckDB: what is more goes to a temporary folder
-MAX_THREADS = 4  # of DuckDB: each wants its share of the memory
-
-
-@contextlib.contextmanager
-def database(verb: str) -> Iterator[tuple[duckdb.DuckDBPyConnection, Path]]:
-    """A database that spills to disk, and its folder, which is deleted at the end. StorageError if there is no room."""
-    with tempfile.TemporaryDirectory(prefix=f"dragonclf-{verb}-") as folder:
-        settings: dict[str, str | bool | int | float | list[str]] = {
-            "memory_limit": MEMORY_LIMIT,
-            "threads": min(MAX_THREADS, os.cpu_count() or 1),
-            "temp_directory": str(Path(folder) / "spill"),
-            "preserve_insertion_order": False,
-        }
-        try:
-            with duckdb.connect(str(Path(folder) / "rows.db"), config=settings) as db:
-                yield db, Path(folder)
-        except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
-            raise storage.StorageError(
-                f"{verb}: no room in {folder}: {first_line(error)}: set TMPDIR to a folder with more"
-            ) from error
-        except RuntimeError as error:  # what DuckDB makes of Ctrl-C and SIGTERM in a query
-            if "interrupted" in str(error):
-                raise KeyboardInterrupt from error
-            raise
 
 
 def load_rows(
@@ -77,7 +46,7 @@ def load_rows(
     places = [f"p{place}" for place in range(len(prob_columns))]  # class names are not fit for SQL
     probs = "p0" if is_list else f"[{', '.join(places)}]"
     try:
-        for batch in _read(rows, [*COLUMNS, *there, *prob_columns]):
+        for batch in published.read_batches(rows, [*COLUMNS, *there, *prob_columns]):
             db.register("batch", pa.Table.from_batches([batch]).rename_columns([*COLUMNS, *there, *places]))
             db.execute(
                 f"""INSERT INTO {table} BY NAME SELECT {", ".join([*COLUMNS, *there])},
@@ -100,15 +69,6 @@ def find_prob_columns(run_uri: str, verb: str, names: list[str]) -> list[str]:
         what = f"the column {missing[0]!r}" if missing else "probabilities"
         raise ValueError(f"{run_uri} is a run of `{verb}` without {what}: give runs of `score` or `evaluate`")
     return found
-
-
-def _read(rows: ds.Dataset, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """Part by part: the dataset's own scanner reads hundreds of MiB ahead of a slower consumer, whatever its readahead says."""
-    for fragment in rows.get_fragments():
-        assert isinstance(fragment, ds.ParquetFileFragment)
-        with pq.ParquetFile(fragment.path, filesystem=fragment.filesystem, pre_buffer=True) as part:
-            for batch in part.iter_batches(BATCH_ROWS, columns=columns):
-                yield batch.select(columns)  # of columns x and x.y the reader takes both for x
 
 
 def _named_by_rows(db: duckdb.DuckDBPyConnection, table: str, run_uri: str) -> list[str | None]:

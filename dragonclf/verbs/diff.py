@@ -2,14 +2,14 @@
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import duckdb
 from pydantic import BaseModel, Field
 
 from dragonclf import storage
 from dragonclf.config import DiffConfig
-from dragonclf.engine import pairs, published, scored
+from dragonclf.engine import pairs, published
+from dragonclf.engine.database import rows_of, temporary_database
 from dragonclf.engine.pairs import Side
 
 log = logging.getLogger("dragonclf")
@@ -109,7 +109,7 @@ def diff(config: DiffConfig) -> DiffSummary:
         StorageError: the store does not answer, or the temporary folder is full.
     """
     run_a, run_b = published.find_run(config.run_a), published.find_run(config.run_b)
-    with scored.database("diff") as (db, folder):
+    with temporary_database("diff") as (db, folder):
         log.info("diff: from %s to %s", run_a, run_b)
         a, b = pairs.load_run(db, "a", run_a), pairs.load_run(db, "b", run_b)
         return _compare(db, a, b, config=config, folder=folder)
@@ -118,7 +118,7 @@ def diff(config: DiffConfig) -> DiffSummary:
 def _compare(db: duckdb.DuckDBPyConnection, a: Side, b: Side, *, config: DiffConfig, folder: Path) -> DiffSummary:
     common = pairs.common_classes(a, b)
     pairs.join_runs(db, a, b, common)
-    [counts] = _rows(
+    [counts] = rows_of(
         db,
         """SELECT count(*) FILTER (status_b IS NULL) AS num_only_a, count(*) FILTER (status_a IS NULL) AS num_only_b,
              count(*) FILTER (status_a IS NOT NULL AND status_b IS NOT NULL) AS num_both, count(*) FILTER (replaced) AS num_replaced,
@@ -160,7 +160,7 @@ def _notes(a: Side, b: Side, common: list[tuple[str, int, int]], counts: dict[st
 
 
 def _statuses(db: duckdb.DuckDBPyConnection) -> list[StatusChange]:
-    found = _rows(
+    found = rows_of(
         db,
         """SELECT status_a, status_b, count(*) AS num_images FROM pair WHERE status_a <> status_b
            GROUP BY ALL ORDER BY num_images DESC, status_a, status_b""",
@@ -169,7 +169,7 @@ def _statuses(db: duckdb.DuckDBPyConnection) -> list[StatusChange]:
 
 
 def _flips(db: duckdb.DuckDBPyConnection) -> list[Flip]:
-    found = _rows(
+    found = rows_of(
         db,
         f"""SELECT label_a, label_b, count(*) AS num_images, count(*) FILTER (replaced) AS num_replaced FROM pair
             WHERE label_a <> label_b GROUP BY ALL ORDER BY num_images DESC, label_a, label_b LIMIT {MAX_FLIP_PAIRS}""",  # noqa: S608
@@ -178,7 +178,7 @@ def _flips(db: duckdb.DuckDBPyConnection) -> list[Flip]:
 
 
 def _changes(db: duckdb.DuckDBPyConnection, classes: list[str]) -> list[Change]:
-    found = _rows(
+    found = rows_of(
         db,
         f"""WITH delta AS (
               SELECT unnest(range(-1, {len(classes)})) AS place, unnest(list_prepend(abs(confidence_b - confidence_a), deltas)) AS value
@@ -198,7 +198,7 @@ def _changes(db: duckdb.DuckDBPyConnection, classes: list[str]) -> list[Change]:
 
 
 def _movers(db: duckdb.DuckDBPyConnection, count: int) -> list[Mover]:
-    found = _rows(
+    found = rows_of(
         db,
         f"""SELECT uri, label_a, label_b, change, replaced FROM pair WHERE change > 0
             ORDER BY change DESC, uri LIMIT {count}""",  # noqa: S608
@@ -219,8 +219,3 @@ def _write_flips(db: duckdb.DuckDBPyConnection, out_uri: str | None, folder: Pat
     )
     storage.put_file(uri, path)
     return uri
-
-
-def _rows(db: duckdb.DuckDBPyConnection, query: str) -> list[dict[str, Any]]:
-    names = [column[0] for column in db.execute(query).description or []]
-    return [dict(zip(names, row, strict=True)) for row in db.fetchall()]

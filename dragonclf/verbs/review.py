@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field
 from dragonclf import storage
 from dragonclf.config import ReviewConfig
 from dragonclf.engine import published, scored
+from dragonclf.engine.database import temporary_database
 from dragonclf.evaluate.review import KEYS, Candidate, read_thumbnails, render_review
 
 log = logging.getLogger("dragonclf")
@@ -51,7 +52,7 @@ def review(config: ReviewConfig) -> ReviewSummary:
             picture can be shown.
         StorageError: the store does not answer, or the temporary folder is full.
     """
-    with scored.database("review") as (db, _):
+    with temporary_database("review") as (db, _):
         name, classes = _load(db, config.run)
         by, candidates, num_candidates = _rank(db, name, classes, config)
         offered = _offered(db, classes)

@@ -318,8 +318,8 @@ def test_ctrl_c_in_a_query_is_an_interruption(cats: tuple[str, str], monkeypatch
 
 
 def test_a_full_temporary_folder_is_no_bad_request(cats: tuple[str, str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("dragonclf.engine.scored.MEMORY_LIMIT", "1MB")
-    with pytest.raises(storage.StorageError, match=r"diff: no room in .*: set TMPDIR to a folder with more"):
+    monkeypatch.setattr("dragonclf.engine.database.MEMORY_LIMIT", "1MB")
+    with pytest.raises(storage.StorageError, match=r"cannot diff in .*: set TMPDIR to a folder with more room"):
         compare(*cats)
 
 
