@@ -103,6 +103,11 @@ VERBS = {
             "Compare training runs with the first: options, figures, slices, and the images that only one has right.",
             "dragonclf compare s3://work/models/RUN s3://work/models/OTHER --out comparison",
         ),
+        Verb(
+            "report", config.ReportConfig, "dragonclf.verbs.report:report",
+            "Write a page on a published scoring run: statuses, classes, confidence, uncertain pictures, errors, drift, throughput.",
+            "dragonclf report s3://work/scores --model s3://work/models/RUN/model --out report",
+        ),
     )
 }  # fmt: skip
 

@@ -205,3 +205,22 @@ class CompareConfig(Config):
         if twice := next((uri for uri in seen if seen.count(uri) > 1), None):
             raise ValueError(f"{twice} is given twice: give each run once")
         return self
+
+
+class ReportConfig(Config):
+    """Options of `report`."""
+
+    run: str = Field(
+        description="Published run of `score`, `rescore` or `evaluate`, or the folder given as its --out (its newest).",
+        json_schema_extra={"positional": True},
+    )
+    out: str | None = Field(
+        default=None,
+        description="Folder or s3:// prefix for scoring.html. None: reports/RUN beside the folder runs/ that the run is in.",
+    )
+    model: str | None = Field(
+        default=None,
+        description="Model bundle that scored the run, where `train` wrote it: tells drift against its training and validation images.",
+    )
+    per_gallery: int = Field(default=8, ge=1, le=24, description="Pictures in each gallery.")
+    seed: int = Field(default=0, ge=0, description="Draws the random galleries.")

@@ -60,7 +60,7 @@ def write_run(
     *,
     losses: list[float],
     classes: list[str] = CLASSES,
-    snapshot: str = "s1",
+    snapshot: str = "/d/snapshots/s1",
     **options: Any,
 ) -> str:
     """A finished run's files, as `train` leaves them, but for weights and pictures."""
@@ -72,7 +72,7 @@ def write_run(
     config = {"arch": "resnet18", "weights": "last", "lr": 0.01, "min_recall": None} | options
     best = min(history, key=lambda row: row["valid_loss"]) if config["weights"] == "best" else history[-1]
     info = bundle.BundleInfo(
-        arch="resnet18", classes=classes, transform=TRANSFORM, pretrained="x", snapshot=f"/d/snapshots/{snapshot}", config=config,
+        arch="resnet18", classes=classes, transform=TRANSFORM, pretrained="x", snapshot=snapshot, config=config,
         metrics={key: best[key] for key in ("train_loss", "valid_loss", "valid_accuracy")}, logit_bounds={"torch/f32": 0.1},
         num_canaries=1, created="2026-11-26T00:00:00+00:00", versions={"torch": "2.9"}, files={},
     )  # fmt: skip
@@ -191,7 +191,8 @@ def test_only_images_in_common_of_one_content_and_label_count(
     b.loc[13:13, "input_label"] = [SCRIPT if b.loc[13, "input_label"] == "viserion" else "viserion"]
     a.loc[20:21, "etag"] = None  # not known: differs from none
     found = compared(
-        write_run(tmp_path / "a", a, losses=[0.5]), write_run(tmp_path / "b", b, losses=[0.5], snapshot="s2")
+        write_run(tmp_path / "a", a, losses=[0.5]),
+        write_run(tmp_path / "b", b, losses=[0.5], snapshot="/d/snapshots/s2"),
     )
     assert [(run.num_own_images, run.num_images) for run in found.runs] == [(90, 76), (80, 76)]
     assert found.runs[0].accuracy == pytest.approx(right(a.iloc[14:]).mean())
