@@ -14,6 +14,7 @@ from dragonclf.evaluate.html import render
 
 PAGE = "scoring.html"
 MAX_TABLE_ROWS = 100  # of the table of classes
+SHORT_S = 120  # a run that took less is drawn over seconds, others over minutes
 
 
 class StatusCount(BaseModel):
@@ -122,13 +123,14 @@ def _histogram(slug: str, title: str, counted: list[tuple[str, np.ndarray]]) -> 
 
 
 def _throughput_chart(part_times: list[tuple[float, int]]) -> Chart | None:
-    """Images read over the minutes since the listing. Each part adds its images when it is written."""
+    """Images read over the time since the listing. Each part adds its images when it is written."""
     if len(part_times) < 2:
         return None
-    minutes = np.array([0, *(seconds / 60 for seconds, _ in part_times)])
+    unit, unit_s = ("minutes", 60) if part_times[-1][0] >= SHORT_S else ("seconds", 1)
+    taken = np.array([0, *(seconds / unit_s for seconds, _ in part_times)])
     done = np.cumsum([0, *(count for _, count in part_times)])
     return Chart(
-        "throughput", "Images read", f"Images read over {minutes[-1]:.1f} minutes since the listing began, {done[-1]:,} in all.",
-        axis_of("minutes since the listing began", minutes), axis_of("images", done.astype(float)),
-        [Series("images read", "line", minutes, done.astype(float))],
+        "throughput", "Images read", f"Images read over {taken[-1]:.1f} {unit} since the listing began, {done[-1]:,} in all.",
+        axis_of(f"{unit} since the listing began", taken), axis_of("images", done.astype(float)),
+        [Series("images read", "line", taken, done.astype(float))],
     )  # fmt: skip
