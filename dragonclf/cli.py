@@ -233,7 +233,7 @@ def _table(rows: list[Any]) -> Table:
     table = Table(box=None)
     for name in names:
         is_number = all(isinstance(row.get(name), int | float | None) for row in cells)
-        table.add_column(Text(name.replace("_", " ")), justify="right" if is_number else "left")
+        table.add_column(Text(name), justify="right" if is_number else "left")
     for row in cells:
         table.add_row(*(Text("" if row.get(name) is None else _text(row[name])) for name in names))
     return table
@@ -244,7 +244,7 @@ def _cells(row: BaseModel) -> dict[str, Any]:
     return {
         key: cell
         for name, value in fields.items()
-        for key, cell in (value.items() if isinstance(value, dict) else [(name, value)])
+        for key, cell in (value.items() if isinstance(value, dict) else [(name.replace("_", " "), value)])
     }
 
 

@@ -222,5 +222,5 @@ class ReportConfig(Config):
         default=None,
         description="Model bundle that scored the run, where `train` wrote it: tells drift against its training and validation images.",
     )
-    per_gallery: int = Field(default=8, ge=1, le=24, description="Pictures in each gallery.")
+    per_gallery: int = Field(default=8, ge=0, le=24, description="Pictures in each gallery. 0: no image is read.")
     seed: int = Field(default=0, ge=0, description="Draws the random galleries.")

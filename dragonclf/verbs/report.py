@@ -154,6 +154,8 @@ def _histogram(db: duckdb.DuckDBPyConnection, label: str | None = None) -> list[
 
 def _galleries(db: duckdb.DuckDBPyConnection, found: ScoringReport, *, per_gallery: int, seed: int) -> list[Gallery]:
     """The least confident images, then some of each of the most frequent classes; drawn by a hash of the uri."""
+    if not per_gallery:
+        return []
     uncertain = rows_of(
         db,
         f"""SELECT uri, label, confidence FROM scored WHERE label IS NOT NULL AND isfinite(confidence)

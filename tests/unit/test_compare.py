@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import scipy.stats
 import sklearn.metrics
+from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import Browser, Page
 from typer.testing import CliRunner
@@ -21,6 +22,7 @@ from dragonclf.evaluate.paired import agresti_min_interval, mcnemar_p_value, pai
 from dragonclf.model import bundle
 from dragonclf.train import checkpoint
 from dragonclf.verbs.compare import MAX_FLIPS, compare
+from tests.unit.evaluations import CONTRASTS
 
 SCRIPT = "<script>alert(1)</script>"
 CLASSES = [SCRIPT, "viserion"]
@@ -105,7 +107,7 @@ def frames(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, pd.D
 def two_runs(frames: tuple[pd.DataFrame, pd.DataFrame], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     folder = tmp_path_factory.mktemp("runs")
     return (
-        write_run(folder / "head", frames[0], losses=[0.6, 0.5, 0.4]),
+        write_run(folder / "my_head", frames[0], losses=[0.6, 0.5, 0.4]),
         write_run(folder / "fine <b>tuned", frames[1], losses=[0.5, 0.2, 0.3], lr=0.002, weights="best"),
     )
 
@@ -140,9 +142,9 @@ def test_a_difference_is_that_of_the_accuracies():
 
 def test_figures_differences_slices_and_flips(two_runs: tuple[str, str], frames: tuple[pd.DataFrame, pd.DataFrame]):
     found = compared(*two_runs)
-    assert (found.reference, found.page, found.notes) == ("head", None, [])
+    assert (found.reference, found.page, found.notes) == ("my_head", None, [])
     assert [(run.run, run.epoch, run.num_epochs, run.num_images) for run in found.runs] == [
-        ("head", 3, 3, 90), ("fine <b>tuned", 2, 3, 90),
+        ("my_head", 3, 3, 90), ("fine <b>tuned", 2, 3, 90),
     ]  # fmt: skip
     assert found.runs[1].metrics == {"train_loss": 0.2, "valid_loss": 0.2, "valid_accuracy": 0.9}
     for run, frame in zip(found.runs, frames, strict=True):
@@ -155,7 +157,7 @@ def test_figures_differences_slices_and_flips(two_runs: tuple[str, str], frames:
         assert run.coverage == pytest.approx(1 - frame["abstain"].mean())
         assert run.accepted_accuracy == pytest.approx(right(frame)[~frame["abstain"].to_numpy()].mean())
     assert {one.option: one.values for one in found.options} == {
-        "weights": {"head": "last", "fine <b>tuned": "best"}, "lr": {"head": "0.01", "fine <b>tuned": "0.002"},
+        "weights": {"my_head": "last", "fine <b>tuned": "best"}, "lr": {"my_head": "0.01", "fine <b>tuned": "0.002"},
     }  # fmt: skip
 
     a, b = (right(frame).sort_index() for frame in frames)
@@ -241,8 +243,9 @@ def test_the_command_prints_tables_and_json(two_runs: tuple[str, str]):
     result = CliRunner().invoke(cli.app, ["compare", *two_runs])
     assert result.exit_code == 0, result.output
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
-    assert "reference head" in lines
+    assert "reference my_head" in lines
     assert "lr 0.01 0.002" in lines
+    assert "option my_head fine <b>tuned" in lines, "names of runs as they are"
     result = CliRunner().invoke(cli.app, ["compare", *two_runs, "--json"])
     assert json.loads(result.stdout) == json.loads(compared(*two_runs).model_dump_json())
 
@@ -267,6 +270,13 @@ def opened(browser: Browser, path: Path, complaints: list[str], **options: Any) 
     return page
 
 
+def assert_accessible(page: Page) -> None:
+    """No finding of axe, and every text readable on what is behind it."""
+    found = Axe().run(page).response["violations"]
+    assert [(one["id"], one["impact"], [node["html"] for node in one["nodes"]]) for one in found] == []
+    assert page.evaluate(CONTRASTS) == []
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (375, "light"), (375, "dark")])
 def test_the_page_in_a_browser(page_path: Path, browser: Browser, two_runs: tuple[str, str], width: int, scheme: Any):
     complaints: list[str] = []
@@ -274,7 +284,7 @@ def test_the_page_in_a_browser(page_path: Path, browser: Browser, two_runs: tupl
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     found = compared(*two_runs)
     rows = [text.split("\t") for text in page.locator("#runs tbody tr").all_inner_texts()]
-    assert [row[0].removesuffix(" reference") for row in rows] == ["head", "fine <b>tuned"]
+    assert [row[0].removesuffix(" reference") for row in rows] == ["my_head", "fine <b>tuned"]
     assert [row[1].replace("\xa0", " ") for row in rows] == [f"{100 * (run.accuracy or 0):.1f} %" for run in found.runs]
     assert [row[3] for row in rows] == [f"{run.auroc:.3f}" for run in found.runs]
     [difference] = [text.split("\t") for text in page.locator("#differences tbody tr").all_inner_texts()]
@@ -288,6 +298,6 @@ def test_the_page_in_a_browser(page_path: Path, browser: Browser, two_runs: tupl
     assert len(strokes) == len(set(strokes)) == 2
     shown = set(page.locator(".tiles .uri").all_inner_texts())
     assert shown == {flip.uri for flip in found.flips}
-    assert page.locator("img:not([alt])").count() == 0
+    assert_accessible(page)
     assert complaints == []
     page.close()

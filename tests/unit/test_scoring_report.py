@@ -21,7 +21,7 @@ from dragonclf.engine.layout import Layout
 from dragonclf.evaluate.drift import confidence_bins, population_stability
 from dragonclf.evaluate.scoring import ScoringReport
 from dragonclf.verbs.report import EXAMPLES, report
-from tests.unit.test_compare import CLASSES, ODD_NAME, SCRIPT, opened, predictions, write_run
+from tests.unit.test_compare import CLASSES, ODD_NAME, SCRIPT, assert_accessible, opened, predictions, write_run
 from tests.unit.test_diff import Row, publish, scored
 from tests.unit.test_snapshot import image
 from tests.unit.test_snapshot import write as write_snapshot
@@ -196,6 +196,13 @@ def test_a_run_without_labels_is_refused(tmp_path: Path):
         reported(uri)
 
 
+def test_no_image_is_read_if_no_picture_is_asked_for(scores: tuple[str, pa.Table], tmp_path: Path, monkeypatch: Any):
+    monkeypatch.setattr("dragonclf.evaluate.galleries._read_picture", lambda uri: pytest.fail(uri))
+    html = Path(reported(scores[0], out=str(tmp_path), per_gallery=0).page).read_text()
+    assert "Most uncertain" not in html
+    assert "Predicted classes" in html
+
+
 def test_a_seed_draws_the_same_images(scores: tuple[str, pa.Table], tmp_path: Path):
     pages = [
         Path(reported(scores[0], out=str(tmp_path / str(place)), seed=seed).page).read_text()
@@ -249,6 +256,6 @@ def test_the_page_in_a_browser(
     heights = page.locator("#confidences rect.first").evaluate_all("all => all.map(one => +one.getAttribute('height'))")
     wanted = [count for count in found.confidence_histogram if count]
     assert np.array(heights) / sum(heights) == pytest.approx(np.array(wanted) / sum(wanted), abs=0.01)
-    assert page.locator("img:not([alt])").count() == 0
+    assert_accessible(page)
     assert complaints == []
     page.close()
