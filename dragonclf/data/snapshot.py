@@ -27,12 +27,12 @@ log = logging.getLogger("dragonclf")
 
 MAX_NAMED = 5  # classes in a warning
 INFO, FOLDER, LATEST = "snapshot.json", "snapshots", "_latest.json"
-MEASURES = (
-    Measures._fields
-)  # they follow from the content, and another processor may round them otherwise: no part of the ID
+# They follow from the content, and another processor may round them otherwise: no part of the ID.
+MEASURES = Measures._fields
 COLUMNS = (
     "uri", "etag", "size", "label", "split", "group", "width", "height", "sha256", *MEASURES, "status", "error",
 )  # fmt: skip
+SLICED = "brightness"  # the measure that evaluations slice by, beside the source's own columns
 SPLITS = ("train", "valid", "test")
 BATCH_ROWS, FILE_BATCHES = 2_048, 200  # a file holds 409,600 rows
 
@@ -154,6 +154,11 @@ def read_rows(
         ]
         table = table.filter(pa.array(keep, pa.bool_()))
         yield table.select(columns) if columns else table
+
+
+def slice_columns(names: Iterable[str]) -> list[str]:
+    """Of a snapshot's columns those to slice an evaluation by: the source's own, and `SLICED`."""
+    return [name for name in names if name == SLICED or name not in (*COLUMNS, corrections.FROM)]
 
 
 def _has_rows(db: duckdb.DuckDBPyConnection) -> bool:

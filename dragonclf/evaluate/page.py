@@ -4,30 +4,25 @@ It needs no network. Its content security policy allows no request, and no scrip
 figure can be read; with them cells, thresholds and galleries answer.
 """
 
-import base64
-import hashlib
-import io
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image
 
 from dragonclf.evaluate import curves
 from dragonclf.evaluate.charts import reliability_chart
 from dragonclf.evaluate.galleries import MAX_GALLERY_CLASSES, Gallery, Picture, captions
+from dragonclf.evaluate.html import data_uri, filled, script_hash, source
 from dragonclf.evaluate.metrics import Metrics
 from dragonclf.evaluate.one_class import one_class_each
 from dragonclf.evaluate.page_data import Listed, page_data
 from dragonclf.evaluate.slices import SMALL, slicings
 from dragonclf.evaluate.training import Training, training_charts
 
-MAX_REPORT_BYTES = 6_000_000
 MAX_MATRIX_CLASSES = 20  # with more, the page lists the most frequent confusions instead of a table of K x K cells
 MAX_LISTED = 20  # rows of the lists that could be long: images left out, confusions
 MAX_TABLE_ROWS = 100  # of the tables of classes and of epochs
@@ -67,7 +62,7 @@ def render(
     title: str,
     origin: Origin,
 ) -> bytes:
-    """Return the page, with the largest thumbnails that keep it under `MAX_REPORT_BYTES`.
+    """Return the page, with the largest thumbnails that keep it under `MAX_PAGE_BYTES`.
 
     `left_out` has uri, status and error of the rows that no figure counts; `pictures` those of the galleries and of the cells of `images`.
     ValueError if the page is too large with the smallest thumbnails.
@@ -77,10 +72,7 @@ def render(
     chosen = one_class_each(counted.targets, probs=counted.probs, classes=classes, thresholds=origin.thresholds)
     reliability, before = _reliability(counted, origin.temperature)
     in_galleries = {uri for gallery in galleries for uri in gallery.rows["uri"].tolist()}
-    script, style = (
-        resources.files("dragonclf.evaluate").joinpath(f"templates/report.{kind}").read_text() for kind in ("js", "css")
-    )
-    template = _environment().get_template("report.html.j2")
+    script = source("report.js")
     is_right = counted.probs.argmax(axis=1) == counted.targets
     known = {
         "title": title, "facts": origin.facts, "metrics": metrics, "num_correct": int(np.trace(metrics.confusion)),
@@ -90,18 +82,17 @@ def render(
         "matrix": _matrix(metrics) if len(classes) <= MAX_MATRIX_CLASSES else None, "confusions": _confusions(metrics),
         "per_class": metrics.per_class if len(classes) <= MAX_TABLE_ROWS else weakest_first[:MAX_TABLE_ROWS],
         "chosen": chosen, "reliability": reliability, "slicings": slicings(counted.rows, is_right=is_right),
-        "small": SMALL, "max_gallery_classes": MAX_GALLERY_CLASSES, "style": style, "script": script,
-        "script_hash": f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
+        "small": SMALL, "max_gallery_classes": MAX_GALLERY_CLASSES, "script": script, "script_hash": script_hash(script),
     }  # fmt: skip
-    for side, quality in THUMBNAILS:
-        sources = {uri: _data_uri(one, side, quality) for uri, one in pictures.items() if not isinstance(one, str)}
+
+    def with_pictures(side: int, quality: int) -> dict[str, Any]:
+        sources = {uri: data_uri(one, side, quality) for uri, one in pictures.items() if not isinstance(one, str)}
         sections = _sections(galleries, images, classes=classes, pictures=pictures, sources=sources)
         shown = {tile["actual_index"] for section in sections for one in section["galleries"] for tile in one["tiles"]}
         data = page_data(chosen, images, classes=classes, sources=sources, elsewhere=in_galleries)
-        html = template.render(known, sections=sections, shown_classes=sorted(shown), data=data).encode()
-        if len(html) <= MAX_REPORT_BYTES:
-            return html
-    raise ValueError(f"the report is over {MAX_REPORT_BYTES:,} bytes with the smallest thumbnails: lower per_gallery")
+        return known | {"sections": sections, "shown_classes": sorted(shown), "data": data}
+
+    return filled("report.html.j2", THUMBNAILS, with_pictures)
 
 
 def by_status(left_out: pd.DataFrame) -> str:
@@ -109,18 +100,6 @@ def by_status(left_out: pd.DataFrame) -> str:
     counts = Counter(left_out["status"].tolist())
     most_first = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{count:,} {status}" for status, count in most_first)
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("dragonclf.evaluate"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": _percent, "decimal": _decimal, "exact": _exact, "short": _short}
-    return environment
 
 
 def _sections(
@@ -207,32 +186,3 @@ def _training(training: Training | None) -> dict | None:
         "charts": training_charts(training), "columns": list(training.epochs[0]), "epochs": training.epochs[-MAX_TABLE_ROWS:],
         "num_epochs": len(training.epochs),
     }  # fmt: skip
-
-
-def _data_uri(picture: np.ndarray, side: int, quality: int) -> str:
-    thumbnail, buffer = Image.fromarray(picture), io.BytesIO()
-    thumbnail.thumbnail((side, side))
-    thumbnail.save(buffer, format="JPEG", quality=quality, optimize=True)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _percent(share: float) -> str:
-    """One decimal, on one line, and never 0.0 or 100.0 % for a share that is neither."""
-    if 0 < share < 0.0005:
-        return "<\N{NO-BREAK SPACE}0.1\N{NO-BREAK SPACE}%"
-    if 0.9995 <= share < 1:
-        return ">\N{NO-BREAK SPACE}99.9\N{NO-BREAK SPACE}%"
-    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
-
-
-def _decimal(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
-def _exact(value: float | None) -> str:
-    """For programs that read the page: all digits."""
-    return "" if value is None else repr(float(value))
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 40 else f"{text[:39]}…"

@@ -10,7 +10,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field
 
 from dragonclf.evaluate.metrics import Z_95
-from dragonclf.evaluate.slices import MAX_COLUMNS, NOT_SLICED, SMALL, _groups, _is_scalar
+from dragonclf.evaluate.slices import MAX_COLUMNS, NOT_SLICED, SMALL, groups, is_scalar
 
 
 class Difference(BaseModel):
@@ -74,12 +74,12 @@ def slice_differences(
     """
     own = [name for name in rows.columns if name not in NOT_SLICED and not str(name).startswith("prob_")]
     found: list[Difference] = []
-    for name in [name for name in own if _is_scalar(rows[name])][:MAX_COLUMNS]:
-        groups = _groups(rows[name])
-        if len(groups) > 1:
+    for name in [name for name in own if is_scalar(rows[name])][:MAX_COLUMNS]:
+        parts = groups(rows[name])
+        if len(parts) > 1:
             made = [
                 paired_difference(reference[members], candidate[members], run=run, column=str(name), value=value)
-                for value, members in groups
+                for value, members in parts
             ]
             found += sorted(made, key=lambda one: (one.difference, -one.num_images, one.value))
     return found

@@ -4,21 +4,19 @@ The page's one script is `templates/review.js`, which its content security polic
 """
 
 import base64
-import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from dragonclf import storage
 from dragonclf.data.images import ImageError, decode
+from dragonclf.evaluate.html import MAX_PAGE_BYTES, environment, script_hash, source
 
 KEYS = 9  # 1 to 9 choose a class; of more classes, the likeliest of the picture
-MAX_PAGE_BYTES = 6_000_000
 SIZES = ((384, 84), (320, 82), (256, 80), (192, 76), (128, 70), (96, 60), (64, 50))  # (longest side, JPEG quality)
 READ_THREADS = 8
 
@@ -65,20 +63,12 @@ def render_review(
     Raises:
         ValueError: There are too many pictures for the page.
     """
-    environment = Environment(
-        loader=PackageLoader("dragonclf.evaluate"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["percent"] = lambda share: f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
-    loader = environment.loader
-    assert loader is not None
-    script = loader.get_source(environment, "review.js")[0]
+    script, template = source("review.js"), environment().get_template("review.html.j2")
     data = {"run": run, "classes": classes, "items": [asdict(one) for one in candidates]}
-    template = environment.get_template("review.html.j2")
     for sources in _sources([thumbnails[one.uri] for one in candidates]):
         html = template.render(
             script=script,
-            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            script_hash=script_hash(script),
             data=json.dumps(data).replace("<", r"\u003c"),  # no tag can begin in it
             candidates=list(zip(candidates, sources, strict=True)),
             labels=sorted({one.label or one.predicted for one in candidates}),

@@ -48,11 +48,11 @@ def slicings(rows: pd.DataFrame, *, is_right: np.ndarray) -> list[Slicing]:
     `is_right`, bool (N,), tells whose label is the true one. What has one value for all images, or another for each, is left out.
     """
     own = [name for name in rows.columns if name not in NOT_SLICED and not name.startswith("prob_")][:MAX_COLUMNS]
-    parted = {str(name): _groups(rows[name]) for name in own if _is_scalar(rows[name])}
+    parted = {str(name): groups(rows[name]) for name in own if is_scalar(rows[name])}
     if {"width", "height"} <= set(rows.columns):
         parted["image size, in pixels"] = _size_groups(rows)
     types = pd.Series([PurePosixPath(uri).suffix.lower() or "none" for uri in rows["uri"].tolist()])
-    parted["type of the file"] = _groups(types)
+    parted["type of the file"] = groups(types)
     return [Slicing(name, _slices(groups, is_right)) for name, groups in parted.items() if len(groups) > 1]
 
 
@@ -65,26 +65,26 @@ def _slices(groups: list[tuple[str, np.ndarray]], is_right: np.ndarray) -> list[
     return sorted(found, key=lambda one: (one.accuracy, -one.num_images, one.value))
 
 
-def _groups(values: pd.Series) -> list[tuple[str, np.ndarray]]:
+def groups(values: pd.Series) -> list[tuple[str, np.ndarray]]:
     """Values as text, and which rows have them, bool (N,); none of what is all one or all different."""
     counts = values.value_counts()
     missing = values.isna().to_numpy()
-    groups = [("no value", missing)] if missing.any() else []
+    found = [("no value", missing)] if missing.any() else []
     if len(counts) <= MAX_VALUES:
-        return [*groups, *((_text(value), (values == value).to_numpy(bool)) for value in counts.index)]
+        return [*found, *((_text(value), (values == value).to_numpy(bool)) for value in counts.index)]
     if pd.api.types.is_numeric_dtype(values):
         quarter = pd.qcut(values.astype(float), 4, labels=False, duplicates="drop").to_numpy()
         for number in range(int(np.nanmax(quarter)) + 1):
             members = quarter == number
             if members.any():
                 within = values[members].astype(float)
-                groups.append((f"{within.min():g} to {within.max():g}", members))
-        return groups
+                found.append((f"{within.min():g} to {within.max():g}", members))
+        return found
     if counts.iloc[0] == 1:
         return []
     frequent = counts.index[:MOST_FREQUENT]
-    groups += [(_text(value), (values == value).to_numpy(bool)) for value in frequent]
-    return [*groups, (f"other ({len(counts) - MOST_FREQUENT:,} values)", ~values.isin(frequent).to_numpy() & ~missing)]
+    found += [(_text(value), (values == value).to_numpy(bool)) for value in frequent]
+    return [*found, (f"other ({len(counts) - MOST_FREQUENT:,} values)", ~values.isin(frequent).to_numpy() & ~missing)]
 
 
 def _size_groups(rows: pd.DataFrame) -> list[tuple[str, np.ndarray]]:
@@ -94,11 +94,11 @@ def _size_groups(rows: pd.DataFrame) -> list[tuple[str, np.ndarray]]:
         [f"{w:.0f} × {h:.0f}" if ok else None for w, h, ok in zip(sizes["width"], sizes["height"], known, strict=True)]
     )
     if texts.nunique() <= MAX_VALUES:
-        return _groups(texts)
-    return [(f"shorter side {text}", members) for text, members in _groups(sizes.min(axis=1, skipna=False))]
+        return groups(texts)
+    return [(f"shorter side {text}", members) for text, members in groups(sizes.min(axis=1, skipna=False))]
 
 
-def _is_scalar(values: pd.Series) -> bool:
+def is_scalar(values: pd.Series) -> bool:
     return not values.map(lambda value: isinstance(value, (list, tuple, dict, set, bytes, np.ndarray))).any()
 
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from dragonclf import storage
 from dragonclf.config import EvaluateConfig
-from dragonclf.data.snapshot import COLUMNS, Snapshot, open_snapshot, read_rows
+from dragonclf.data.snapshot import Snapshot, open_snapshot, read_rows, slice_columns
 from dragonclf.engine import published
 from dragonclf.engine.layout import Layout
 from dragonclf.evaluate.metrics import counted_rows
@@ -112,8 +112,7 @@ def predict_split(
 
     def rows() -> Iterator[pa.Table]:
         for table in read_rows(snapshot, splits=[config.split], usable_only=False):
-            own = [name for name in table.column_names if name not in COLUMNS]
-            yield table.select(["uri", "etag", "size", "label", *own])
+            yield table.select(["uri", "etag", "size", "label", *slice_columns(table.column_names)])
 
     input_id = {"snapshot": snapshot.info.id, "split": config.split}
     summary = score_rows(config, loaded, verb="evaluate", input_id=input_id, rows=rows, layout=Layout())

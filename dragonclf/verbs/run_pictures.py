@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from dragonclf import storage
 from dragonclf.config import EvaluateConfig, ExecutionConfig, RayConfig, TrainConfig
-from dragonclf.data.snapshot import COLUMNS, Snapshot, open_snapshot, read_rows
+from dragonclf.data.snapshot import Snapshot, open_snapshot, read_rows, slice_columns
 from dragonclf.engine import published
 from dragonclf.engine.layout import ALWAYS, Layout
 from dragonclf.evaluate.galleries import image_bytes
@@ -101,8 +101,7 @@ def predict_features(features_uri: str, model: bundle.Bundle, snapshot: Snapshot
         for table in read_rows(snapshot, splits=[split], usable_only=False):
             rows = table.filter(pc.field("status") != "ok")
             yield pa.table({name: rows[name] for name in ALWAYS} | {"input_label": rows["label"]})
-            own = [name for name in table.column_names if name not in COLUMNS]
-            facts.append(table.select(["uri", "width", "height", *own]).to_pandas())
+            facts.append(table.select(["uri", "width", "height", *slice_columns(table.column_names)]).to_pandas())
 
     frame = frame_of(tables(), classes)
     taken = {*frame.columns} - {"uri"}

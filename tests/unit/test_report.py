@@ -16,7 +16,8 @@ from PIL import Image
 from playwright.sync_api import Browser, Page
 
 from dragonclf.evaluate.galleries import MAX_GALLERY_CLASSES, MAX_PER_GALLERY
-from dragonclf.evaluate.page import MAX_LISTED, MAX_MATRIX_CLASSES, MAX_REPORT_BYTES, Origin
+from dragonclf.evaluate.html import MAX_PAGE_BYTES
+from dragonclf.evaluate.page import MAX_LISTED, MAX_MATRIX_CLASSES, Origin
 from dragonclf.evaluate.report import write_evaluation
 from tests.unit.evaluations import (
     CLASSES,
@@ -92,7 +93,7 @@ def test_the_same_evaluation_again_gives_the_same_page(evaluation: tuple[pd.Data
 
 def test_the_page_stands_alone(evaluation: tuple[pd.DataFrame, Path]) -> None:
     html = (evaluation[1] / "report.html").read_text()
-    assert len(html.encode()) < MAX_REPORT_BYTES
+    assert len(html.encode()) < MAX_PAGE_BYTES
     scripts = re.findall(r"<script([^>]*)>(.*?)</script>", html, flags=re.DOTALL)
     assert [attributes for attributes, _ in scripts] == [' type="application/json" id="data"', ""]
     digest = base64.b64encode(hashlib.sha256(scripts[1][1].encode()).digest()).decode()
@@ -300,7 +301,7 @@ def test_many_classes_and_many_pictures_stay_under_the_limit(tmp_path: Path, bro
         frame, classes=classes, out_uri=str(out), title="t", origin=Origin(), per_gallery=MAX_PER_GALLERY
     )
     html = (out / "report.html").read_text()
-    assert 500_000 < len(html.encode()) <= MAX_REPORT_BYTES
+    assert 500_000 < len(html.encode()) <= MAX_PAGE_BYTES
     thumbnail = re.search(r'src="data:image/jpeg;base64,([^"]+)"', html)
     assert thumbnail is not None
     assert len(classes) > MAX_MATRIX_CLASSES

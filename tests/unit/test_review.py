@@ -14,17 +14,18 @@ import pyarrow as pa
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page
 
 from dragonclf import storage
 from dragonclf.config import ReviewConfig
 from dragonclf.data.corrections import read_corrections
 from dragonclf.evaluate import review as page_module
+from dragonclf.evaluate.page import Origin
 from dragonclf.evaluate.report import write_evaluation
 from dragonclf.verbs.review import ReviewSummary, review
 from tests.unit.test_corrections import correct, rows_of
 from tests.unit.test_diff import Row, publish, scored
-from tests.unit.test_report import CHROMIUM, CHROMIUM_ARGS, CONTRASTS
+from tests.unit.test_report import CONTRASTS
 from tests.unit.test_snapshot import image
 
 SCRIPT = "<script>alert(1)</script>"
@@ -145,7 +146,7 @@ def test_the_folder_that_evaluate_wrote(num_classes: int, tmp_path: Path):
     further = {"width": 48, "input_label": [classes[k] for k in targets], "camera": "north"}
     answers = {f"prob_{name}": probs[:, k] for k, name in enumerate(classes)}
     frame = pd.DataFrame({**own, **answers, **further} if num_classes == 3 else {**own, **further, **answers})
-    write_evaluation(frame, classes=classes, out_uri=str(tmp_path / "report"), title="t", facts={})
+    write_evaluation(frame, classes=classes, out_uri=str(tmp_path / "report"), title="t", origin=Origin())
     _, found, data = look(tmp_path / "report", tmp_path / "out")
     assert found == [names[k] for k in np.argsort(probs[np.arange(10), targets])]
     assert data["classes"] == classes
@@ -194,16 +195,6 @@ def test_pictures_shrink_until_the_page_fits(tmp_path: Path, monkeypatch: pytest
 
 
 # The page
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("no chromium on the PATH: the page cannot be looked at")
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGS)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

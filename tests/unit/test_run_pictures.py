@@ -29,7 +29,8 @@ def image_rows() -> pa.Table:
         "uri": [f"/dragons/{i:02}.jpg" for i in numbers], "etag": [f"e{i}" for i in numbers], "size": [100] * NUM_IMAGES,
         "label": ["drogon" if i % 2 else "viserion" for i in numbers], "split": ["train"] * 6 + ["valid"] * 6,
         "group": pa.nulls(NUM_IMAGES, pa.string()), "width": [320 + i for i in numbers], "height": [240] * NUM_IMAGES,
-        "sha256": [f"s{i}" for i in numbers], "status": ["ok"] * 11 + ["missing"], "error": pa.array([None] * 11 + ["it is gone"]),
+        "sha256": [f"s{i}" for i in numbers], "phash": [f"{i:064x}" for i in numbers], "brightness": [i / 12 for i in numbers],
+        "sharpness": [0.1] * NUM_IMAGES, "status": ["ok"] * 11 + ["missing"], "error": pa.array([None] * 11 + ["it is gone"]),
         "camera": ["north", "south"] * 6, "confidence": ["high"] * NUM_IMAGES,
     })  # fmt: skip
 
@@ -66,6 +67,8 @@ def test_features_give_the_rows_that_scoring_gives(tmp_path: Path) -> None:
     np.testing.assert_allclose(probs[:5], logits.softmax(dim=1), atol=1e-6)
     assert np.isnan(probs[5]).all()
     assert frame["width"].tolist() == list(range(326, 332))
+    assert frame["brightness"].tolist() == [i / 12 for i in range(6, 12)]
+    assert not {"phash", "sharpness"} & set(frame)
     assert frame["camera"].tolist() == ["north", "south"] * 3
     assert frame["input_confidence"].tolist() == ["high"] * 6
     assert frame["confidence"].tolist()[:5] == probs[:5].max(axis=1).tolist()
