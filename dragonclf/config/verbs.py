@@ -152,7 +152,7 @@ class ReviewConfig(Config):
     """Options of `review`."""
 
     run: str = Field(
-        description="Published run of `evaluate` or `score`, or the folder given as its --out (its newest).",
+        description="Published run of `evaluate` or `score`, or the folder given as its --out (its newest), or as that of `quality`.",
         json_schema_extra={"positional": True},
     )
     out: str = Field(description="Folder or s3:// prefix for review.html.")

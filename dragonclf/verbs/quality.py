@@ -1,6 +1,9 @@
 """`quality`: what is wrong with a snapshot's images and labels, ranked.
 
-OUT/quality.parquet   a row an issue and image: issue, rank (from 1, the worst), uri, label, split, score, other, detail
+OUT/quality.html          the worst of each issue, to look at
+    quality.parquet       a row an issue and image: issue, rank (from 1, the worst), uri, label, split, score, other, detail
+    predictions.parquet   of the images whose labels were judged, the held-out probabilities, as `evaluate` writes them: `review OUT` shows
+                          the pictures
 """
 
 import logging
@@ -15,16 +18,18 @@ from pydantic import BaseModel, Field
 
 from dragonclf import storage
 from dragonclf.config import QualityConfig
-from dragonclf.data import sorting
+from dragonclf.data import sorting, tables
 from dragonclf.data.quality import COLUMNS, ISSUES, find_issues
 from dragonclf.data.snapshot import SPLITS, Snapshot, open_snapshot, read_rows
 from dragonclf.engine import published
 from dragonclf.evaluate.label_errors import suspects
+from dragonclf.evaluate.quality_page import Finding, Section, quality_page
 from dragonclf.train.held_out import held_out_probs
 
 log = logging.getLogger("dragonclf")
 
-FOUND = "quality.parquet"
+PAGE, FOUND, PREDICTIONS = "quality.html", "quality.parquet", "predictions.parquet"
+MOST_SHOWN = 12  # of an issue
 # Labels that another class confidently contradicts, and those that another class is just likelier than; ranked in each split.
 LABEL_ISSUES = ("label_error", "label_doubt")
 
@@ -43,12 +48,16 @@ class QualitySummary(BaseModel):
     snapshot: str = Field(description="URI of the snapshot.")
     num_images: int = Field(description="Labelled images that were looked at.")
     num_judged: int = Field(description="Images whose labels were compared with what a model says of them.")
+    page: str = Field(description="URI of quality.html.")
     found: str = Field(description="URI of quality.parquet.")
+    predictions: str | None = Field(description="URI of predictions.parquet. None: no label was judged.")
     issues: list[IssueCount] = Field(description="Those that some image has.")
 
 
 def quality(config: QualityConfig) -> QualitySummary:
-    """Look for bad images, copies and, with `config.features`, label errors in a snapshot, and write OUT/quality.parquet. No image is read.
+    """Look for bad images, copies and, with `config.features`, label errors in a snapshot, and write OUT/quality.parquet and quality.html.
+
+    No image is read but those that the page shows.
 
     Training labels are judged by cross-validation within the training images, validation labels by all of these; no other label counts.
     ValueError for a snapshot without measures, or features that are of other images.
@@ -56,11 +65,13 @@ def quality(config: QualityConfig) -> QualitySummary:
     snapshot = open_snapshot(config.data)
     with sorting.database() as (db, folder):
         find_issues(db, _rows(snapshot))
-        num_judged = 0
+        num_judged, predictions = 0, None
         if config.features is None:
             log.info("quality: labels are not judged: --features with the --out of a `train` whose backbone was frozen")
         else:
-            num_judged = _find_label_errors(db, snapshot, find_features(config.features))
+            predicted = _find_label_errors(db, snapshot, find_features(config.features))
+            num_judged, predictions = len(predicted), storage.join(config.out, PREDICTIONS)
+            storage.put(predictions, tables.encode(predicted))
         path, uri = folder / FOUND, storage.join(config.out, FOUND)
         order = ", ".join(f"'{name}'" for name in (LABEL_ISSUES[0], *ISSUES, LABEL_ISSUES[1]))
         db.execute(
@@ -72,10 +83,26 @@ def quality(config: QualityConfig) -> QualitySummary:
             f"""SELECT issue, count(*), min({{'rank': rank, 'score': score, 'uri': uri}}).uri FROM issue
                 GROUP BY issue ORDER BY list_position([{order}], issue)"""  # noqa: S608
         ).fetchall()
+        sections = [Section(name, count, _worst(db, name)) for name, count, _ in counts]
+    page = storage.join(config.out, PAGE)
+    title = f"Quality of {storage.name(snapshot.info.source.removesuffix('/'))}"
+    storage.put(page, quality_page(sections, title=title, num_images=num_images, num_judged=num_judged))
     return QualitySummary(
-        snapshot=snapshot.uri, num_images=num_images, num_judged=num_judged, found=uri,
+        snapshot=snapshot.uri, num_images=num_images, num_judged=num_judged, page=page, found=uri, predictions=predictions,
         issues=[IssueCount(issue=name, num_images=count, worst=worst) for name, count, worst in counts],
     )  # fmt: skip
+
+
+def _worst(db: duckdb.DuckDBPyConnection, issue: str) -> list[Finding]:
+    """The first of an issue; of two images that it pairs, one."""
+    rows = db.execute(
+        f"""SELECT uri, label, split, detail, other FROM issue AS one WHERE issue = ? AND NOT EXISTS
+              (FROM issue AS earlier WHERE earlier.issue = one.issue AND earlier.uri = one.other AND earlier.other = one.uri AND
+               earlier.rank < one.rank)
+            ORDER BY rank, split, uri LIMIT {MOST_SHOWN}""",  # noqa: S608
+        [issue],
+    )
+    return [Finding(*row) for row in rows.fetchall()]
 
 
 def find_features(uri: str) -> str:
@@ -106,8 +133,8 @@ def _rows(snapshot: Snapshot) -> Iterator[pa.Table]:
         yield table
 
 
-def _find_label_errors(db: duckdb.DuckDBPyConnection, snapshot: Snapshot, features_uri: str) -> int:
-    """Add the suspects of each split to ``issue``. Returns how many labels were judged."""
+def _find_label_errors(db: duckdb.DuckDBPyConnection, snapshot: Snapshot, features_uri: str) -> pa.Table:
+    """Add the suspects of each split to ``issue``. Returns the predictions of the images whose labels were judged."""
     features, rows = _features_of(snapshot, features_uri)
     classes = snapshot.info.classes
     labels = torch.tensor([classes.index(label) for label in rows["label"].to_pylist()], dtype=torch.int64)
@@ -140,7 +167,20 @@ def _find_label_errors(db: duckdb.DuckDBPyConnection, snapshot: Snapshot, featur
                                         detail FROM batch"""
         )
         db.unregister("batch")
-    return int(is_judged.sum())
+    return _predicted(rows.filter(pa.array(is_judged)), probs[is_judged], classes)
+
+
+def _predicted(rows: pa.Table, probs: np.ndarray, classes: list[str]) -> pa.Table:
+    """Rows as `evaluate` writes them, of probabilities float32 (N, K)."""
+    known = {
+        "uri": rows["uri"],
+        "etag": rows["etag"],
+        "status": pa.repeat("ok", len(rows)),
+        "error": pa.nulls(len(rows), pa.string()),
+    }
+    answers = {"label": [classes[place] for place in probs.argmax(axis=1)], "confidence": probs.max(axis=1)}
+    of_classes = {f"prob_{name}": probs[:, place] for place, name in enumerate(classes)}
+    return pa.table(known | answers | of_classes | {"input_label": rows["label"], "split": rows["split"]})
 
 
 def _features_of(snapshot: Snapshot, features_uri: str) -> tuple[torch.Tensor, pa.Table]:

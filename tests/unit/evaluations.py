@@ -77,14 +77,14 @@ def counted(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
 
 @contextmanager
 def opened(browser: Browser, out: Path, *, width: int = 1280, **options: Any) -> Iterator[Page]:
-    """The report in `out` from disk. Fails if it asks for anything else, or if anything is written to the console in the meantime."""
+    """The page `out` from disk, or the report in it. Fails if it asks for anything else, or writes anything to the console."""
     page = browser.new_page(viewport={"width": width, "height": 900}, **options)
     requests, complaints = [], []
     page.on("request", lambda request: requests.append(request.url))
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("dialog", lambda dialog: complaints.append(dialog.message))
-    url = (out / "report.html").as_uri()
+    url = (out / "report.html" if out.is_dir() else out).as_uri()
     page.goto(url)
     yield page
     assert [one for one in requests if not one.startswith("data:")] == [url]

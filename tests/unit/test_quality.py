@@ -10,11 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser
 
 from dragonclf.config import QualityConfig
 from dragonclf.data import quality
 from dragonclf.data.quality import ISSUES, find_issues
+from dragonclf.verbs.quality import QualitySummary
 from dragonclf.verbs.quality import quality as run_quality
+from tests.unit.evaluations import CLASSES, CONTRASTS, ODD_NAME, SCRIPT, opened, save_picture
 from tests.unit.test_diff import publish
 from tests.unit.test_snapshot import SCHEMA, Row, image, write
 
@@ -220,6 +224,15 @@ def test_labels_are_judged_and_those_of_test_images_decide_nothing(tmp_path: Pat
         assert {uri for uri, _, _ in found[split][:2]} == set(expected)
         assert {detail for _, _, detail in found[split][:2]} == {"rather cat", "rather dog"}
         assert [score for _, score, _ in found[split]] == sorted(score for _, score, _ in found[split])
+    predicted = pq.read_table(tmp_path / "a/predictions.parquet").to_pandas()
+    assert len(predicted) == len(rows)
+    assert predicted[["prob_cat", "prob_dog"]].sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-6)
+    margin = predicted.set_index("uri").apply(
+        lambda row: row[f"prob_{row['input_label']}"] - row["prob_dog" if row["input_label"] == "cat" else "prob_cat"],
+        axis=1,
+    )
+    for uri, score, _ in found["train"]:
+        assert margin[uri] == pytest.approx(score, abs=1e-6)
     other = {"cat": "dog", "dog": "cat"}
     flipped_test = [{**row, "label": other[str(row["label"])]} if row["split"] == "test" else row for row in rows]
     again = label_errors(flipped_test, str(tmp_path / "models"), tmp_path / "b")
@@ -276,3 +289,71 @@ def test_equal_rows_give_equal_issues_whatever_their_order():
     first, second = found_in(rows), found_in(rows[::-1], batch=7)
     assert first == second
     assert len(first["label_conflict"]) == len(first["near_duplicate"]) == 60
+
+
+@pytest.fixture(scope="module")
+def looked_at(tmp_path_factory: pytest.TempPathFactory) -> QualitySummary:
+    """Forty pictures of two classes: 0 and 1 are copies, 2 is dark, 3 cannot be read, 4 was taken away since."""
+    folder = tmp_path_factory.mktemp("quality")
+    names = [ODD_NAME, *(f"{i:02}.jpg" for i in range(1, 40))]
+    rows = []
+    for number, name in enumerate(names):
+        save_picture(folder / name, seed=number)
+        rows.append(
+            image(name, CLASSES[number % 2], uri=str(folder / name), split="valid" if number % 4 == 3 else "train")
+        )
+    rows[1] |= {name: rows[0][name] for name in ("sha256", "phash", "label")}
+    rows[2]["brightness"], rows[4]["brightness"] = 0.05, 0.02
+    rows[3] |= {"status": "unreadable", "error": "<b>cut</b>", "sha256": None, "width": None, "height": None}
+    (folder / names[3]).write_bytes(b"no image")
+    (folder / names[4]).unlink()
+    return run_quality(QualityConfig(data=write(folder / "data", rows).uri, out=str(folder / "out")))
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (375, "light"), (375, "dark")])
+def test_the_page_in_a_browser(looked_at: QualitySummary, browser: Browser, width: int, scheme: Any):
+    found = pq.read_table(looked_at.found).to_pandas()
+    with opened(browser, Path(looked_at.page), width=width, color_scheme=scheme) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        issues = [text.split("\t")[:2] for text in page.locator("#issues tbody tr").all_inner_texts()]
+        assert [int(count) for _, count in issues] == [one.num_images for one in looked_at.issues] == [1, 2, 2]
+        assert (
+            [name for name, _ in issues]
+            == page.locator("section h2").all_inner_texts()
+            == ["Unreadable", "Exact copies", "Dark"]
+        )
+        unreadable, copies, dark = page.locator("section").all()
+        assert "<b>cut</b>" in unreadable.inner_text()
+        assert copies.locator("li").count() == 1, "a pair is shown once"
+        pair = found[found["issue"] == "exact_duplicate"].iloc[0]
+        assert copies.locator(".uri").all_inner_texts() == [pair["uri"], pair["other"]]
+        assert copies.locator("img").evaluate_all("all => all.every(one => one.naturalWidth > 0)")
+        assert dark.locator(".uri").all_inner_texts() == found[found["issue"] == "dark"]["uri"].tolist()
+        assert "no longer exists" in dark.locator(".missing").inner_text()
+        assert SCRIPT in page.locator("main").inner_text()
+        assert page.evaluate(CONTRASTS) == []
+        assert Axe().run(page).response["violations"] == []
+
+
+def test_of_a_set_with_nothing_wrong_the_page_says_so(tmp_path: Path):
+    rows = [
+        image(f"{label}/{i}.jpg", label, split=split)
+        for label in CLASSES
+        for i in range(9)
+        for split in ("train", "valid")
+    ]
+    made = write(
+        tmp_path / "data",
+        [
+            {
+                **row,
+                "uri": f"{row['uri']}{row['split']}",
+                "sha256": f"{number}",
+                "phash": hashlib.sha256(b"%d" % number).hexdigest(),
+            }
+            for number, row in enumerate(rows)
+        ],
+    )
+    summary = run_quality(QualityConfig(data=made.uri, out=str(tmp_path)))
+    assert summary.issues == []
+    assert "none: no image has an issue" in Path(summary.page).read_text()
