@@ -26,9 +26,10 @@ def given(context: typer.Context, values: dict[str, Any], *, defaults: dict[str,
 
 
 def arguments(config: BaseModel) -> list[str]:
-    """The command-line arguments that give this config: positional ones, then options that were given or follow from one."""
+    """The command-line arguments that give this config: positional ones, then options that do not follow from the others."""
     fields = type(config).model_fields
-    chosen = [name for name in fields if name in config.model_fields_set and getattr(config, name) is not None]
+    values = {name: getattr(config, name) for name in fields if name in config.model_fields_set}
+    chosen = [name for name, value in values.items() if value is not None and value != _implied(config, values, name)]
     found = [str(getattr(config, name)) for name in chosen if _is_positional(fields[name])]
     for name in chosen:
         value = getattr(config, name)
@@ -40,6 +41,15 @@ def arguments(config: BaseModel) -> list[str]:
             for item in value if isinstance(value, list) else [value]:
                 found += [_option(name), str(item)]
     return found
+
+
+def _implied(config: BaseModel, values: dict[str, Any], name: str) -> Any:
+    """What an option is if it is not given beside the others; None: it has to be."""
+    try:
+        made = type(config).model_validate({other: value for other, value in values.items() if other != name})
+    except ValidationError:
+        return None
+    return getattr(made, name)
 
 
 def explain(error: ValidationError) -> str:

@@ -1,4 +1,4 @@
-"""The demo stops cleanly: whatever ends it, nothing that it started is left. (That it succeeds, `make demo` shows.)"""
+"""The demo leaves pages to look at, and stops cleanly: whatever ends it, nothing that it started is left."""
 
 import os
 import selectors
@@ -11,8 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from playwright.sync_api import sync_playwright
 
 from tests.integration import commands
+from tests.unit.conftest import CHROMIUM, CHROMIUM_ARGS
+from tests.unit.evaluations import opened
 
 pytestmark = [pytest.mark.alone, pytest.mark.slow]
 
@@ -54,6 +57,30 @@ def test_nothing_outlives_the_demo(number: signal.Signals, tmp_path: Path):
     _, alive = psutil.wait_procs(children, timeout=30)
     assert not alive
     shutil.rmtree(temporary)
+
+
+def test_its_pages_open_from_disk(tmp_path: Path):
+    """On a screen, a phone and in the dark; pictures of them are left in the test's folder."""
+    made = commands.result("demo", "--out", str(tmp_path / "run"), "--limit", "240")
+    assert (made["num_scored"], made["num_lost"]) == (240, 0)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGS)
+        for name in ("report", "quality", "review"):
+            for variant, width, scheme in (("screen", 1280, "light"), ("phone", 375, "light"), ("dark", 1280, "dark")):
+                with opened(browser, Path(made[name]), width=width, color_scheme=scheme) as page:
+                    assert page.evaluate("document.documentElement.scrollWidth") <= width
+                    assert page.locator("img").count() >= 8
+                    assert page.locator(
+                        "img"
+                    ).evaluate_all(
+                        "all => all.slice(0, 3).every(one => one.naturalWidth > 0)"  # others are decoded when they are scrolled to
+                    )
+                    page.screenshot(path=tmp_path / f"{name}-{variant}.png", full_page=True)
+        with opened(browser, Path(made["report"])) as page:
+            accuracy = float(page.get_attribute("#accuracy", "value") or "nan")
+            assert accuracy == pytest.approx(made["accuracy"], abs=1e-6)
+            assert "cell: 2 slices" in page.inner_text("main")
+        browser.close()
 
 
 def test_failure_says_what_failed(tmp_path: Path):

@@ -125,6 +125,12 @@ def test_the_learning_rate_suits_what_is_trained(options_given: dict[str, Any], 
     assert received == [made]
 
 
+def test_arguments_leave_out_what_a_recipe_gives():
+    given = {"data": "/d", "out": "/o", "recipe": "elpv-head", "num_workers": 2}
+    made = config.TrainConfig.model_validate(given)
+    assert options.arguments(made) == ["/d", "--out", "/o", "--recipe", "elpv-head", "--num-workers", "2"]
+
+
 def test_replaced_defaults():
     [parameter] = [p for p in options.parameters(config.IndexConfig, defaults={"out": "o"}) if p.name == "out"]
     assert parameter.default == "o"
