@@ -1,5 +1,7 @@
 """What a user is told when Ray says that training failed."""
 
+import logging
+
 import pytest
 from ray.train import FailureConfig, WorkerGroupError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
@@ -50,6 +52,7 @@ def test_a_model_that_looks_at_no_image_is_told(accuracy: float, is_told: bool, 
     info = INFO.model_copy(
         update={"splits": {"train": {"drogon": 1, "viserion": 9}, "valid": {"drogon": 6, "viserion": 4}}}
     )
-    _say_no_better(accuracy, Snapshot(uri="/data/snapshots/0", info=info))
+    with caplog.at_level(logging.WARNING, logger="dragonclf"):
+        _say_no_better(accuracy, Snapshot(uri="/data/snapshots/0", info=info))
     told = "no better than to answer 'drogon' always: valid accuracy 0.6000, and 0.6000 of the images are that; a lower --lr"
     assert (told.replace("accuracy 0.6000", f"accuracy {accuracy:.4f}") in caplog.text) == is_told
