@@ -122,6 +122,41 @@ def training_workers(pid: int) -> list[psutil.Process]:
 
 
 @pytest.mark.filterwarnings("ignore")  # MLflow's own, in this process
+def test_labels_of_test_images_decide_nothing(local_ray: None, tmp_path: Path):
+    """Neither weights nor temperature nor thresholds, nor which labels of other images are doubted."""
+    paths = sorted(write_folder(tmp_path / "photos", per_class=90).rglob("*.jpg"))
+    other = {"blue": "red", "red": "blue"}
+    made, found = [], []
+    for number, are_flipped in enumerate((False, True)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        rows = []
+        for place, path in enumerate(paths):
+            split, label = ("train", "valid", "test")[place % 3], path.parent.name
+            is_wrong = (place % 7 == 0) != (are_flipped and split == "test")
+            rows.append({"uri": str(path), "label": other[label] if is_wrong else label, "split": split})
+        pd.DataFrame(rows).to_csv(folder / "manifest.csv", index=False)
+        commands.result_here("index", str(folder / "manifest.csv"), "--out", str(folder / "data"))
+        trained = commands.result_here(
+            "train", str(folder / "data"), "--out", str(folder / "models"), "--size", "64", "--min-precision", "0.8", "--no-log-model",
+            "--no-report", "--mlflow-uri", f"sqlite:///{folder}/mlflow.db",
+        )  # fmt: skip
+        commands.result_here(
+            "quality", str(folder / "data"), "--out", str(folder), "--features", str(folder / "models")
+        )
+        info = bundle.load_bundle(trained["model"]).info
+        made.append((storage.get(f"{trained['model']}/model.safetensors"), info.temperature, info.thresholds))
+        doubted = pd.read_parquet(folder / "quality.parquet")
+        found.append(doubted[doubted["issue"].isin(["label_error", "label_doubt"])])
+    assert made[0] == made[1]
+    assert made[0][1] != 1
+    assert set(made[0][2]) == {"blue", "red"}
+    rest, rest_again = (one[one["split"] != "test"].reset_index(drop=True) for one in found)
+    assert len(rest)
+    pd.testing.assert_frame_equal(rest, rest_again)
+
+
+@pytest.mark.filterwarnings("ignore")  # MLflow's own, in this process
 def test_number_of_workers_changes_neither_order_nor_result(data: str, local_ray: None, tmp_path: Path):
     options = [
         "--out", str(tmp_path), "--size", "64", "--mlflow-uri", f"sqlite:///{tmp_path}/mlflow.db", "--min-precision", "0.9",
