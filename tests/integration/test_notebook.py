@@ -33,7 +33,7 @@ def test_every_cell_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert sum("image/png" in output.get("data", {}) for output in outputs) == NUM_PLOTS
     printed = "".join(output.get("text", "") for output in outputs)
     # Which of the photographs are held out is a matter of where they are installed.
-    made = open_snapshot(str(tmp_path / "dragonclf-runs")).info
+    made = open_snapshot(str(tmp_path / "dragonclf-runs" / "data")).info
     assert f"{sum(made.splits['valid'].values())} pictures, " in printed
     assert "four views: " in printed
     assert bundle.load_bundle(str(tmp_path / "dragons-model")).info.classes == ["defective", "functional"]
